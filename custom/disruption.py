@@ -1,0 +1,153 @@
+"""Disruptions of the image: noise, low resolution, and masked cubes (the MAE baseline)."""
+
+import zlib
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.transforms import MapTransform, RandGaussianNoise, Randomizable, RandSimulateLowResolution, Transform
+from monai.utils import convert_to_tensor
+
+from custom.errors import BadInput
+
+IMAGE_DISRUPTIONS = ("noise", "downsampling", "token_masking")
+DISRUPTIONS = (*IMAGE_DISRUPTIONS, "local_masking")
+
+
+def check_disruptions(names: Sequence[str]) -> Sequence[str]:
+    """Return the names, or raise `BadInput` for one that does not exist."""
+    unknown = [name for name in names if name not in DISRUPTIONS]
+    if unknown or isinstance(names, str):
+        raise BadInput(f"`disruptions` is a list of names from {list(DISRUPTIONS)}, got {names!r}.")
+    return names
+
+
+def mask_cubes(image: torch.Tensor, masked: NdarrayOrTensor, cube: int) -> torch.Tensor:
+    """Set cubes of an image to zero.
+
+    Args:
+        image: (C, D, H, W).
+        masked: boolean grid of cubes (ceil(D / cube), ceil(H / cube), ceil(W / cube)), true where to mask.
+        cube: side in voxels.
+
+    Returns:
+        A new image (C, D, H, W).
+    """
+    grid = torch.as_tensor(masked, device=image.device)
+    for axis in range(3):
+        grid = grid.repeat_interleave(cube, axis)
+    depth, height, width = image.shape[1:]
+    return image * ~grid[:depth, :height, :width]
+
+
+class Disrupt(Randomizable, Transform):
+    """Disrupt an image: add noise, then lower its resolution, then mask cubes; each only if it is named.
+
+    "local_masking" may be among the names and does nothing here: it masks the embedding, inside the network.
+
+    Args:
+        disruptions: names from "noise", "downsampling", "token_masking", "local_masking".
+        noise_variance: variance of the Gaussian noise, in the squared unit of the normalised image.
+        downsample_factor: the image is resampled to 1 / factor of its size, and back.
+        downsample_mode: interpolation both ways, "trilinear" (the paper's linear) or "nearest" (the published code).
+        token_mask_ratio: share of the cubes to mask, in [0, 1]; exactly round(ratio * number) are.
+        token_size: side of a masked cube in voxels.
+
+    Shapes:
+        input and output: (C, D, H, W), float.
+
+    Raises:
+        BadInput: for an unknown name.
+
+    Randomness:
+        `self.R`; noise and cubes are drawn anew for every image.
+
+    Source:
+        the paper's x + N(0, 0.1), where 0.1 is the variance, and down- and upsampling by 4. Token masking is its MAE
+        baseline (60 % of 16-voxel cubes), done here to the image, so that no skip connection sees what it hides.
+    """
+
+    def __init__(
+        self,
+        disruptions: Sequence[str] = ("noise", "downsampling"),
+        noise_variance: float = 0.1,
+        downsample_factor: float = 4,
+        downsample_mode: str = "trilinear",
+        token_mask_ratio: float = 0.6,
+        token_size: int = 16,
+    ) -> None:
+        self.disruptions = check_disruptions(disruptions)
+        self.noise = RandGaussianNoise(prob=1, std=noise_variance**0.5, sample_std=False)
+        self.low_resolution = RandSimulateLowResolution(
+            prob=1,
+            downsample_mode=downsample_mode,
+            upsample_mode=downsample_mode,
+            zoom_range=(1 / downsample_factor, 1 / downsample_factor),
+        )
+        self.token_mask_ratio = token_mask_ratio
+        self.token_size = token_size
+        self.masked_tokens: np.ndarray | None = None
+
+    def set_random_state(self, seed=None, state=None) -> "Disrupt":
+        super().set_random_state(seed, state)
+        # One stream for all: the noise draws from this transform's own generator.
+        self.noise.set_random_state(state=self.R)
+        self.low_resolution.set_random_state(state=self.R)
+        return self
+
+    def randomize(self, image: torch.Tensor) -> None:
+        """Draw the noise and the cubes for an image (C, D, H, W)."""
+        if "noise" in self.disruptions:
+            self.noise.randomize(image)
+        if "downsampling" in self.disruptions:
+            self.low_resolution.randomize()
+        if "token_masking" in self.disruptions:
+            grid = [-(-size // self.token_size) for size in image.shape[1:]]
+            count = int(np.prod(grid))
+            chosen = self.R.permutation(count) < round(self.token_mask_ratio * count)
+            self.masked_tokens = chosen.reshape(grid)
+
+    def __call__(self, image: NdarrayOrTensor, randomize: bool = True) -> torch.Tensor:
+        disrupted = convert_to_tensor(image, dtype=torch.float32, track_meta=True)
+        if randomize:
+            self.randomize(disrupted)
+        if "noise" in self.disruptions:
+            disrupted = self.noise(disrupted, randomize=False)
+        if "downsampling" in self.disruptions:
+            disrupted = self.low_resolution(disrupted, randomize=False)
+        if "token_masking" in self.disruptions:
+            disrupted = mask_cubes(disrupted, self.masked_tokens, self.token_size)
+        return disrupted if hasattr(image, "meta") else torch.as_tensor(disrupted.as_tensor())
+
+
+class Disruptd(Randomizable, MapTransform):
+    """Dictionary form of `Disrupt`.
+
+    Args:
+        keys: the images to disrupt.
+        case_seed: None draws anew at every call. A number makes the disruption a function of it and of the string
+            `data[case_key]`: the same case is disrupted in the same way in every epoch, order and worker, so that a
+            validation loss is comparable.
+        case_key: where the name of the case is.
+        kwargs: see `Disrupt`.
+    """
+
+    def __init__(self, keys: KeysCollection, case_seed: int | None = None, case_key: str = "case", **kwargs) -> None:
+        MapTransform.__init__(self, keys)
+        self.case_seed = case_seed
+        self.case_key = case_key
+        self.disrupt = Disrupt(**kwargs)
+
+    def set_random_state(self, seed=None, state=None) -> "Disruptd":
+        super().set_random_state(seed, state)
+        self.disrupt.set_random_state(state=self.R)
+        return self
+
+    def __call__(self, data: Mapping[Hashable, NdarrayOrTensor]) -> dict[Hashable, NdarrayOrTensor]:
+        output = dict(data)
+        if self.case_seed is not None:
+            self.set_random_state(seed=(zlib.crc32(output[self.case_key].encode()) + self.case_seed) % 2**32)
+        for key in self.key_iterator(output):
+            output[key] = self.disrupt(output[key])
+        return output

@@ -1,0 +1,185 @@
+"""Glue between the configs and MONAI's Ignite engines: batches, checkpoints, logs."""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
+from monai.engines.utils import IterationEvents
+from monai.handlers import CheckpointLoader
+
+from custom.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_batch(batch: Mapping[str, Any], device: torch.device, non_blocking: bool = False, **kwargs) -> tuple:
+    """Prepare a batch for `DisruptiveAutoencoder` and `DisruptiveLoss`.
+
+    Args:
+        batch: "image" (disrupted) and "label" (original), both (B, 1, D, H, W), and "modality", B names.
+
+    Returns:
+        image, {"image": original, "modality": (B,) integers}, (), {"return_embedding": True}.
+    """
+    image = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
+    original = batch["label"].to(device, non_blocking=non_blocking, **kwargs)
+    # Any name has a number, the same on every rank and without a list of all names.
+    modality = torch.tensor([zlib.crc32(name.encode()) for name in batch["modality"]], device=device)
+    return image, {"image": original, "modality": modality}, (), {"return_embedding": True}
+
+
+class On:
+    """Attach any function of an engine to an event, so that a config can use it as a handler.
+
+    Args:
+        event: name of an `ignite.engine.Events`, such as "EPOCH_COMPLETED".
+        handler: called with the engine.
+        every: at each so many of these events.
+    """
+
+    def __init__(self, event: str, handler: Callable[[Engine], Any], every: int = 1) -> None:
+        self.event = Events[event](every=every)
+        self.handler = handler
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(self.event, self.handler)
+
+
+class Progress(ProgressBar):
+    """Ignite's progress bar, with the loss when there is one."""
+
+    def attach(self, engine: Engine) -> None:  # noqa: D102
+        def loss(output: Any) -> dict[str, float]:
+            return {"loss": output["loss"].item()} if isinstance(output, Mapping) and "loss" in output else {}
+
+        super().attach(engine, output_transform=loss)
+
+
+class LoadCheckpoint(CheckpointLoader):
+    """MONAI's `CheckpointLoader`, which says in a sentence what is wrong with a checkpoint.
+
+    Args: see `CheckpointLoader`.
+
+    Raises:
+        BadInput: for a checkpoint that is missing, damaged or of another network.
+    """
+
+    def __call__(self, engine: Engine) -> None:
+        if not os.path.isfile(self.load_path):
+            raise BadInput(f"There is no checkpoint {self.load_path}; train first, or name another with --ckpt_dir.")
+        try:
+            super().__call__(engine)
+        except Exception as error:
+            raise BadInput(
+                f"The checkpoint {self.load_path} can't be loaded, it is damaged or of another network or run: "
+                f"{str(error)[:300]} Give the settings that it was trained with, or other folders."
+            ) from error
+
+
+class RunState:
+    """Save the state of a training run after every epoch, and go on from it when the run is started again.
+
+    Files are written beside and moved into place, so that a kill leaves a whole one; the last two are kept. Attach it
+    after all handlers whose work should be in the state, such as validation.
+
+    Args:
+        run_dir: folder of the run; a run is resumed if it holds a `checkpoint_epoch=N.pt`.
+        objects: what has a state beside the trainer: model, optimizer, ...
+        resume: False starts anew, whatever the folder holds.
+        map_location: device to load to.
+
+    Raises:
+        BadInput: for a checkpoint that can't be loaded.
+    """
+
+    def __init__(self, run_dir: str, objects: dict[str, Any], resume: bool = True, map_location=None) -> None:
+        self.run_dir = Path(run_dir)
+        self.objects = objects
+        self.resume = resume
+        self.map_location = map_location
+
+    def attach(self, engine: Engine) -> None:
+        # The trainer is added here because its handlers, and so this one, are made before it.
+        self.checkpoint = Checkpoint(
+            {**self.objects, "trainer": engine},
+            DiskSaver(self.run_dir, atomic=True, require_empty=False),
+            filename_pattern="checkpoint_epoch={global_step}.pt",
+            global_step_transform=lambda engine, _: engine.state.epoch,
+            include_self=True,
+            n_saved=2,
+        )
+        engine.add_event_handler(Events.STARTED, self.load)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.checkpoint)
+
+    def load(self, engine: Engine) -> None:
+        found = sorted(self.run_dir.glob("checkpoint_epoch=*.pt"), key=lambda file: int(file.stem.split("=")[1]))
+        if not self.resume or not found:
+            return
+        load_dict = {**self.checkpoint.to_save, "checkpointer": self.checkpoint}
+        LoadCheckpoint(str(found[-1]), load_dict, map_location=self.map_location)(engine)
+        state = engine.state
+        logger.info(f"Resuming from {found[-1]}: {state.epoch} of {state.max_epochs} epochs are done.")
+        if state.epoch >= state.max_epochs:
+            logger.info("Nothing is left to train: raise --max_iterations, or start anew in another --output_dir.")
+
+
+class StopOnNaN:
+    """Stop before a loss that is NaN or infinite reaches the weights, and name the cases of the batch.
+
+    Raises:
+        BadInput: from the training loop.
+    """
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        loss = engine.state.output["loss"]
+        if not torch.isfinite(loss):
+            raise BadInput(
+                f"The loss is {loss.item()} in iteration {engine.state.iteration}, with the cases "
+                f"{', '.join(engine.state.batch['case'])}; look at these files, or lower --learning_rate. The last "
+                f"checkpoint is untouched."
+            )
+
+
+class MetricsLog:
+    """Write a JSON line of the run's metrics to a file at each epoch, and say them in the log.
+
+    A resumed run replaces the lines of the epochs that it trains again.
+
+    Args:
+        path: the file, .jsonl.
+        evaluator: its metrics go into the line too, of the epochs in which it has run.
+        state: further figures, called at each epoch, such as the learning rate.
+    """
+
+    def __init__(self, path: str, evaluator: Engine, state: Callable[[], dict[str, float]] = dict) -> None:
+        self.path = Path(path)
+        self.evaluator = evaluator
+        self.state = state
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        state = engine.state
+        metrics = dict(state.metrics)
+        if self.evaluator.state.epoch == state.epoch:
+            metrics |= self.evaluator.state.metrics
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = [line for line in lines if json.loads(line)["epoch"] < state.epoch]
+        lines.append(json.dumps({"epoch": state.epoch, "iteration": state.iteration, **self.state(), **metrics}))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".part")
+        beside.write_text("\n".join(lines) + "\n")
+        os.replace(beside, self.path)
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        logger.info(f"Epoch {state.epoch} of {state.max_epochs}: {figures}")

@@ -1,0 +1,72 @@
+"""The pre-training network: MONAI's Swin UNETR with local masking."""
+
+import torch
+from monai.networks.nets import SwinUNETR
+from torch import nn
+
+from custom.masking import LocalMasking
+
+
+class DisruptiveAutoencoder(SwinUNETR):
+    """MONAI's `SwinUNETR` whose token embedding is locally masked during training.
+
+    It has the parameters of `SwinUNETR` under the same names, so that its weights load into a stock one, and in eval
+    mode it gives the same output.
+
+    Args:
+        in_channels: channels of a scan.
+        out_channels: channels of the restored scan.
+        feature_size: C, width of the embedding, a multiple of 12.
+        local_mask_ratio: share of the embedding's channels to mask, see `LocalMasking`; 0 masks none.
+        local_mask_fill: "zeros" or "noise".
+        full_resolution_skip: the last stage of a Swin UNETR's decoder sees the input image itself, and with local
+            masking alone the network can copy it. False puts zeros in the place of that skip and freezes `encoder1`.
+        kwargs: see `SwinUNETR`.
+
+    Shapes:
+        image: (B, in_channels, D, H, W); D, H and W multiples of 32.
+        restored: (B, out_channels, D, H, W).
+        embedding (if asked for): (B, 16 * feature_size), the mean over space of the encoder's last hidden state.
+
+    Raises:
+        ValueError: for sides that are no multiples of 32.
+
+    Randomness:
+        see `LocalMasking`; in training mode only.
+
+    Source:
+        Valanarasu et al., "Disruptive Autoencoders", MIDL 2024.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        feature_size: int = 48,
+        local_mask_ratio: float = 0.6,
+        local_mask_fill: str = "zeros",
+        full_resolution_skip: bool = True,
+        **kwargs,
+    ) -> None:
+        super().__init__(in_channels=in_channels, out_channels=out_channels, feature_size=feature_size, **kwargs)
+        # The embedding passes through the parameterless pos_drop before anything reads it: the seam for masking it.
+        self.swinViT.pos_drop = nn.Sequential(self.swinViT.pos_drop, LocalMasking(local_mask_ratio, local_mask_fill))
+        self.full_resolution_skip = full_resolution_skip
+        self.encoder1.requires_grad_(full_resolution_skip)
+
+    def forward(
+        self, image: torch.Tensor, return_embedding: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if not torch.jit.is_tracing():
+            self._check_input_size(image.shape[2:])
+        embedded, *hidden, deepest = self.swinViT(image, self.normalize)
+        skips = (hidden[2], self.encoder4(hidden[1]), self.encoder3(hidden[0]), self.encoder2(embedded))
+        x = self.encoder10(deepest)
+        for decoder, skip in zip((self.decoder5, self.decoder4, self.decoder3, self.decoder2), skips, strict=True):
+            x = decoder(x, skip)
+        if self.full_resolution_skip:
+            skip = self.encoder1(image)
+        else:
+            skip = x.new_zeros(x.shape[0], x.shape[1], *image.shape[2:])
+        restored = self.out(self.decoder1(x, skip))
+        return (restored, deepest.mean(dim=(2, 3, 4))) if return_embedding else restored

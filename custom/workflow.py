@@ -1,0 +1,117 @@
+"""What happens first in every `run` of a bundle: its config is checked, before any scan is read."""
+
+import contextlib
+import ctypes
+import inspect
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import torch
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.bundle.reference_resolver import ReferenceResolver
+
+from custom.errors import BadInput, speak_plainly
+
+# Parameters of glibc's mallopt(3).
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def begin(patch_size: Sequence[int]) -> None:
+    """Check the config that is being run and let errors be told in one sentence; the first expression of each `run`.
+
+    Args:
+        patch_size: in voxels, what the network will see.
+
+    Raises:
+        BadInput: for an id that nothing uses, an argument that a component does not have, or a patch that the network
+            can't take.
+    """
+    speak_plainly()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    # MONAI hands a component nothing of the config around it, so the workflow is found among the callers.
+    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack())
+    workflow = next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)
+    if workflow is not None:
+        check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
+    check_patch_size(patch_size)
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that it frees, instead of handing it to the kernel and asking for it again.
+
+    On CPU glibc's malloc returns every large tensor, and half of a training step goes into mapping and clearing the
+    pages anew. With another C library nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 2**28)
+
+
+def declared_ids(folder: Path) -> set[str]:
+    """Return the top-level ids of all configs in a folder."""
+    ids = (key for file in folder.glob("*.json") for key in ConfigParser.load_config_file(file))
+    return {ReferenceResolver.split_id(key.lstrip("+"))[0] for key in ids}
+
+
+def _walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    yield path, config
+    if isinstance(config, dict | list):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from _walk(value, f"{path}#{key}" if path else str(key))
+
+
+def unused_ids(config: dict[str, Any]) -> set[str]:
+    """Return the top-level ids that nothing else in a config refers to."""
+    used = set()
+    for _, value in _walk(config):
+        if isinstance(value, str):
+            used |= {ReferenceResolver.split_id(i)[0] for i in ReferenceResolver.match_refs_pattern(value)}
+    return config.keys() - used
+
+
+def check_ids(config: dict[str, Any], declared: set[str]) -> None:
+    """Raise `BadInput` for a misspelt id, which `monai.bundle` adds to a config in silence.
+
+    A top-level id is wrong when no config file declares it and nothing refers to it, a nested one when it is no
+    argument of its component.
+
+    Args:
+        config: the content of all config files with the overrides of the command line.
+        declared: top-level ids of the config files.
+    """
+    for name in sorted(unused_ids(config) - declared - {"_meta_"}):
+        raise BadInput(f"Nothing uses the id `{name}`{_close(name, declared)}")
+    locator = ConfigParser().locator
+    for path, value in _walk({name: value for name, value in config.items() if name != "_meta_"}):
+        if isinstance(value, dict) and isinstance(value.get("_target_"), str):
+            target = value["_target_"]
+            component = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
+            if component is None:
+                raise BadInput(f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?")
+            parameters = inspect.signature(component).parameters
+            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue
+            for name in value.keys() - parameters.keys():
+                if not (name.startswith("_") and name.endswith("_")):
+                    raise BadInput(f"`{path}#{name}` is no argument of {target}{_close(name, parameters)}")
+
+
+def _close(name: str, names) -> str:
+    close = get_close_matches(name, list(names), n=1)
+    return f"; did you mean `{close[0]}`?" if close else "; the ids are listed in the bundle's docs/README.md."
+
+
+def check_patch_size(patch_size: Sequence[int]) -> None:
+    """Raise `BadInput` for a patch that a Swin UNETR can't take."""
+    # One voxel at the bottleneck has no variance, so that instance norm refuses 32x32x32.
+    if len(patch_size) != 3 or any(size < 32 or size % 32 for size in patch_size) or list(patch_size) == [32] * 3:
+        raise BadInput(
+            f"--patch_size {list(patch_size)} does not fit the network, which halves a patch five times: give three "
+            f"multiples of 32 that are not all 32, such as [96, 96, 96]."
+        )

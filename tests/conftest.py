@@ -1,0 +1,80 @@
+"""What the tests share: phantoms, a data list of them, real scans, and a bundle run as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import datalist as datalist_tool
+from tools import phantom
+
+ROOT = Path(__file__).parents[1]
+BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
+PRETRAINING = ROOT / "bundles" / "dae_pretraining"
+# The smallest network and a patch that it takes in a second.
+SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "num_workers": 0}
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A folder with two subjects of each kind of phantom, 64 voxels wide."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    phantom.write(folder, subjects=2, shape=64, seed=0, kinds=("ct", "fetal", "brain"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantom_list(phantoms) -> Path:
+    """A data list of the phantoms with all five modalities."""
+    brains = [f"{name}={phantoms}/brain/images/*_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair")]
+    sources = [f"ct={phantoms}/ct/images", f"t2={phantoms}/fetal/images", *brains]
+    path = phantoms / "datalist.json"
+    assert datalist_tool.main([str(path), *sources, "--validation", "0.5"]) == 0
+    return path
+
+
+@pytest.fixture
+def small_list(tmp_path, phantom_list) -> Path:
+    """A data list of two CTs to train on and one to validate."""
+    scans = [{"image": str(phantom_list.parent / f"ct/images/ct_00{n}.nii.gz"), "modality": "ct"} for n in (0, 1, 0)]
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps({"training": scans[:2], "validation": scans[2:]}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Real CT and MRI volumes, which a user's machine need not have."""
+    folder = Path(os.environ.get("DAE_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real volumes at {folder}; name their folder with DAE_TEST_DATA")
+    return folder
+
+
+def overrides(**values) -> list[str]:
+    """Command-line arguments of overrides; `__` in a name stands for `#`."""
+    return [part for name, value in values.items() for part in (f"--{name.replace('__', '#')}", str(value))]
+
+
+def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(sys.executable,), cwd=None, **values):
+    """Run `python -m monai.bundle run` on a bundle's configs, as the documentation says; return the finished process."""
+    files = [str(bundle / "configs" / f"{name}.json") for name in configs]
+    config_file = files[0] if len(files) == 1 else str(files)
+    return subprocess.run(
+        [*launcher, "-m", "monai.bundle", "run", "--config_file", config_file]
+        + overrides(bundle_root=bundle, **SMALL, **values),
+        cwd=cwd or ROOT.parent,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,63 @@
+"""Two processes with one sample each are one process with both."""
+
+import os
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from custom.loss import DisruptiveLoss
+from custom.network import DisruptiveAutoencoder
+
+PARTS = {"reconstruction": 0.0, "reconstruction and contrastive": 50.0}
+
+
+def gradients(network, images, targets, contrastive_weight: float) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    prediction = network(images, return_embedding=True)
+    DisruptiveLoss(contrastive_weight)(prediction, targets).backward()
+    return {name.removeprefix("module."): p.grad.clone() for name, p in network.named_parameters()}
+
+
+def batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 1, 64, 32, 32, generator=generator)
+    return images + 0.1, {"image": images, "modality": torch.tensor([4, 9])}
+
+
+def network() -> DisruptiveAutoencoder:
+    torch.manual_seed(0)
+    # No local masking: two processes would draw other masks than one.
+    return DisruptiveAutoencoder(feature_size=12, local_mask_ratio=0)
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    images, targets = batch()
+    mine = slice(rank, rank + 1)
+    parallel = DistributedDataParallel(network())
+    result = {
+        part: gradients(parallel, images[mine], {key: value[mine] for key, value in targets.items()}, weight)
+        for part, weight in PARTS.items()
+    }
+    if rank == 0:
+        torch.save(result, f"{folder}/gradients.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_one_sample_give_the_gradients_of_one_with_two(tmp_path):
+    multiprocessing.spawn(process, args=(str(tmp_path),), nprocs=2)
+    parallel = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    images, targets = batch()
+    for part, weight in PARTS.items():
+        single = gradients(network(), images, targets, weight)
+        largest = max(gradient.abs().max() for gradient in single.values())
+        for name, gradient in single.items():
+            assert torch.allclose(parallel[part][name], gradient, rtol=1e-3, atol=1e-5 * largest), (part, name)
+    # The test would not notice a contrastive term that is never there.
+    embedding_layer = "swinViT.layers4.0.blocks.0.mlp.linear2.weight"
+    first, second = (parallel[part][embedding_layer] for part in PARTS)
+    assert not torch.allclose(first, second, rtol=1e-2)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from monai.networks.nets import SwinUNETR
+
+from custom.network import DisruptiveAutoencoder
+
+IMAGE = torch.rand(2, 1, 64, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def stock() -> SwinUNETR:
+    torch.manual_seed(0)
+    return SwinUNETR(in_channels=1, out_channels=1, feature_size=12).eval()
+
+
+def pretraining(stock: SwinUNETR, **kwargs) -> DisruptiveAutoencoder:
+    network = DisruptiveAutoencoder(feature_size=12, **kwargs)
+    network.load_state_dict(stock.state_dict())
+    return network
+
+
+def test_weights_have_the_names_and_shapes_of_a_stock_swin_unetr(stock):
+    shapes = {name: value.shape for name, value in DisruptiveAutoencoder(feature_size=12).state_dict().items()}
+    assert shapes == {name: value.shape for name, value in stock.state_dict().items()}
+
+
+@torch.no_grad()
+def test_in_eval_mode_it_is_a_stock_swin_unetr(stock):
+    network = pretraining(stock).eval()
+    assert torch.equal(network(IMAGE), stock(IMAGE))
+    restored, embedding = network(IMAGE, return_embedding=True)
+    assert torch.equal(restored, stock(IMAGE))
+    assert torch.equal(embedding, stock.swinViT(IMAGE)[-1].mean((2, 3, 4))) and embedding.shape == (2, 192)
+
+
+@torch.no_grad()
+def test_in_training_mode_the_embedding_is_masked_as_configured(stock):
+    network = pretraining(stock, local_mask_ratio=0.6).train()
+    hidden = network.swinViT(IMAGE, normalize=False)[0]
+    unmasked = stock.swinViT(IMAGE, normalize=False)[0]
+    zero = (hidden == 0).flatten(2).all(2)
+    assert zero.sum(1).tolist() == [7, 7]  # round(0.6 * 12)
+    assert torch.equal(hidden[~zero], unmasked[~zero])
+
+
+@torch.no_grad()
+def test_without_local_masking_training_mode_is_eval_mode(stock):
+    network = pretraining(stock, local_mask_ratio=0)
+    assert torch.equal(network.train()(IMAGE), network.eval()(IMAGE))
+
+
+def test_the_full_resolution_skip_carries_the_input_only_if_switched_on(stock):
+    """With everything masked, and no skip, nothing but the shape of the input is left."""
+    for skip in (True, False):
+        torch.manual_seed(0)
+        network = pretraining(stock, local_mask_ratio=1.0, full_resolution_skip=skip).train()
+        image = IMAGE.clone().requires_grad_()
+        network(image).sum().backward()
+        assert bool(image.grad.abs().sum() > 0) is skip
+        trained = {name for name, p in network.named_parameters() if p.requires_grad}
+        assert any(name.startswith("encoder1.") for name in trained) is skip
+
+
+@torch.no_grad()
+def test_tracing_is_exact(stock):
+    network = pretraining(stock).eval()
+    traced = torch.jit.trace(network, IMAGE[:1])
+    assert torch.allclose(traced(IMAGE[1:]), network(IMAGE[1:]), atol=1e-6)
+
+
+def test_sides_that_are_no_multiples_of_32_are_refused(stock):
+    with pytest.raises(ValueError, match="divisible"):
+        pretraining(stock)(torch.zeros(1, 1, 64, 64, 48))

@@ -1,0 +1,615 @@
+"""Tests of tools.datalist: what is refused, what is split how, and what the command line answers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import multiprocessing
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tools import datalist
+from tools.datalist import Scan, group_keys, inspect_file, main, split
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("DAE_TEST_DATA", ROOT.parent / "shared" / "data"))
+CALM = settings(deadline=None, database=None)  # no time limit on a busy machine, no folder left behind
+VOXELS = np.random.default_rng(0).integers(0, 1000, (8, 9, 10)).astype(np.int16)
+
+
+def nifti(array: np.ndarray = VOXELS, affine: np.ndarray | None = None, edit=None, image=nib.Nifti1Image) -> bytes:
+    """Bytes of an uncompressed NIfTI file; `edit` may break its header or voxels."""
+    raw = bytearray(image(array, np.diag([1.0, 2.0, 3.0, 1.0]) if affine is None else affine).to_bytes())
+    if edit:
+        edit(raw)
+    return bytes(raw)
+
+
+def scan(path: Path, raw: bytes | None = None) -> Path:
+    """Write a scan, compressed when its name says so."""
+    raw = nifti() if raw is None else raw
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw, 1) if path.name.endswith(".gz") else raw)
+    return path
+
+
+def patch(layout: str, place: int, *values):
+    """An edit that overwrites a header field."""
+    return lambda raw: struct.pack_into(layout, raw, place, *values)
+
+
+def no_form(raw: bytearray) -> None:
+    struct.pack_into("<2h", raw, 252, 0, 0)
+
+
+def run(tmp_path: Path, *arguments: object, out: str = "out.json") -> dict:
+    """Run the command line successfully and return the list it wrote."""
+    assert main([str(tmp_path / out), *map(str, arguments), "--workers", "1"]) == 0
+    return json.loads((tmp_path / out).read_text())
+
+
+def fails(capsys, tmp_path: Path, *arguments: object) -> str:
+    """Run the command line, expect exit code 2 and no file, and return the sentence."""
+    assert main([str(tmp_path / "out.json"), *map(str, arguments), "--workers", "1"]) == 2
+    assert not list(tmp_path.glob("*out*"))
+    sentence = capsys.readouterr().err
+    assert sentence.startswith("datalist: ") and sentence.count("\n") == 1 and "Traceback" not in sentence
+    return sentence
+
+
+def names(entries: list[dict]) -> set[str]:
+    return {Path(entry["image"]).name for entry in entries}
+
+
+# --- one file ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "A.NII.GZ"])
+@pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
+def test_good_file(tmp_path, name, image):
+    path = tmp_path / name
+    raw = nifti(image=image)
+    path.write_bytes(gzip.compress(raw) if name.lower().endswith("gz") else raw)
+    report = inspect_file(path)
+    assert (report.reason, report.shape, report.spacing) == ("", (8, 9, 10), (1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [VOXELS[..., None], VOXELS.astype(np.float32), VOXELS.astype(np.float64), VOXELS.astype(">i2"), VOXELS > 500],
+    ids=["one volume in 4D", "float32", "float64", "big-endian", "mask"],
+)
+def test_good_voxels(tmp_path, array):
+    array = array.astype(np.uint8) if array.dtype == bool else array
+    assert inspect_file(scan(tmp_path / "a.nii.gz", nifti(array))).reason == ""
+
+
+def test_spacing_is_that_of_an_oblique_affine(tmp_path):
+    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1.0]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn * [0.5, 1.5, 4]
+    report = inspect_file(scan(tmp_path / "a.nii", nifti(affine=affine)))
+    assert report.spacing == pytest.approx((0.5, 1.5, 4)) and not report.reason
+
+
+def with_value(value: float) -> np.ndarray:
+    array = VOXELS.astype(np.float32)
+    array[3, 4, 5] = value
+    return array
+
+
+COLOUR = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+REFUSED = {
+    "complex": ("voxel type: complex", nifti(VOXELS.astype(np.complex64))),
+    "colour": ("voxel type: colour", nifti(COLOUR)),
+    "2D": ("not a 3D volume: 2", nifti(VOXELS[0])),
+    "4D": ("not a 3D volume: 4", nifti(np.stack([VOXELS, VOXELS], -1))),
+    "one slice": ("not a 3D volume: an axis", nifti(VOXELS[:, :, :1])),
+    "negative dims": ("not a 3D volume: an axis", nifti(edit=patch("<h", 42, -8))),
+    "zero spacing": ("bad spacing: 0 x", nifti(edit=patch("<f", 80, 0))),
+    "negative spacing": ("bad spacing: -1 x", nifti(edit=patch("<f", 80, -1))),
+    "NaN spacing": ("bad spacing: nan", nifti(edit=patch("<f", 80, float("nan")))),
+    "singular": ("bad affine", nifti(edit=lambda raw: raw.__setitem__(slice(296, 312), raw[280:296]))),
+    "zero affine": ("bad affine", nifti(edit=lambda raw: raw.__setitem__(slice(280, 328), bytes(48)))),
+    "NaN affine": ("bad affine", nifti(edit=patch("<f", 292, float("nan")))),
+    "NaN voxel": ("NaN or infinite voxels", nifti(with_value(np.nan))),
+    "inf voxel": ("NaN or infinite voxels", nifti(with_value(-np.inf))),
+    "too large for float32": ("NaN or infinite voxels", nifti(VOXELS * 1e300)),
+    "constant": ("constant voxels: all are 7", nifti(np.full((8, 9, 10), 7, np.int16))),
+    "wrong magic": ("not a NIfTI file", nifti(edit=patch("<4s", 344, b"xxx\0"))),
+    "half of a pair": ("not a NIfTI file", nifti(edit=patch("<4s", 344, b"ni1\0"))),
+    "text": ("not a NIfTI file", b"no scan at all\n" * 100),
+    "cut header": ("not a NIfTI file", nifti()[:100]),
+    "type unknown": ("bad header", nifti(edit=patch("<h", 70, 9999))),
+    "voxels in header": ("bad header", nifti(edit=patch("<f", 108, 0))),
+    "offset NaN": ("unreadable", nifti(edit=patch("<f", 108, float("nan")))),
+    "offset huge": ("truncated or corrupted", nifti(edit=patch("<f", 108, 1e30))),
+    "huge claim": ("truncated or corrupted", nifti(edit=patch("<3h", 42, 30000, 30000, 30000))),
+    "cut voxels": ("truncated or corrupted", nifti()[:-1]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(tmp_path, kind, suffix):
+    expected, raw = REFUSED[kind]
+    started = time.monotonic()
+    assert inspect_file(scan(tmp_path / f"a{suffix}", raw)).reason.startswith(expected)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("kind", ["zero spacing", "singular", "huge claim", "4D", "complex"])
+def test_headers_alone_show_it(tmp_path, kind):
+    expected, raw = REFUSED[kind]
+    assert inspect_file(scan(tmp_path / "a.nii.gz", raw), headers_only=True).reason.startswith(expected)
+
+
+def test_headers_only_does_not_read_voxels(tmp_path):
+    assert inspect_file(scan(tmp_path / "a.nii.gz", nifti(with_value(np.nan))), headers_only=True).reason == ""
+
+
+def test_scaled_voxels(tmp_path):
+    scaled = inspect_file(scan(tmp_path / "a.nii", nifti(edit=patch("<2f", 112, 0.5, -1024))))
+    overflow = inspect_file(scan(tmp_path / "b.nii", nifti(edit=patch("<2f", 112, 3e38, 0))))
+    vanishing = inspect_file(scan(tmp_path / "c.nii", nifti(edit=patch("<2f", 112, 1e-30, 5))))
+    assert scaled.reason == ""
+    assert overflow.reason == "NaN or infinite voxels"
+    assert vanishing.reason == "constant voxels: all are 5"
+
+
+@pytest.mark.parametrize("cut", [20, 400, -9, -1], ids=["header", "voxels", "end", "checksum"])
+def test_cut_gzip(tmp_path, cut):
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(nifti())[:cut])
+    assert re.match("truncated|bad header", inspect_file(tmp_path / "a.nii.gz").reason)
+
+
+def test_damaged_gzip(tmp_path):
+    raw = bytearray(gzip.compress(nifti()))
+    raw[-8:-4] = b"\0\0\0\0"  # checksum of the content
+    (tmp_path / "a.nii.gz").write_bytes(raw)
+    assert inspect_file(tmp_path / "a.nii.gz").reason.startswith("truncated or corrupted: CRC")
+    (tmp_path / "a.nii.gz").write_bytes(bytes(raw[:1000]) + bytes(100) + bytes(raw[1100:]))
+    assert inspect_file(tmp_path / "a.nii.gz").reason.startswith("truncated or corrupted")
+
+
+def test_not_compressed_despite_its_name(tmp_path):
+    (tmp_path / "a.nii.gz").write_bytes(nifti())
+    assert inspect_file(tmp_path / "a.nii.gz").reason.startswith("not a NIfTI file: Not a gzipped")
+
+
+def test_claim_within_what_gzip_could_hold_ends_at_the_end_of_the_file(tmp_path):
+    raw = nifti(edit=patch("<3h", 42, 90, 90, 40))
+    assert inspect_file(scan(tmp_path / "a.nii.gz", raw)).reason.startswith("truncated or corrupted: ")
+
+
+def test_slabs_see_every_voxel(tmp_path, monkeypatch):
+    monkeypatch.setattr(datalist, "SLAB_BYTES", 64)  # 2880 bytes of voxels
+    path = scan(tmp_path / "a.nii.gz", nifti(VOXELS.astype(np.float32)))
+    assert inspect_file(path).reason == ""
+    for place in ((0, 0, 0), (7, 8, 9), (3, 3, 3)):
+        array = VOXELS.astype(np.float32)
+        array[place] = np.nan
+        assert inspect_file(scan(path, nifti(array))).reason == "NaN or infinite voxels"
+
+
+def test_no_regular_file(tmp_path):
+    (tmp_path / "folder.nii.gz").mkdir()
+    (tmp_path / "empty.nii.gz").touch()
+    (tmp_path / "link.nii.gz").symlink_to("nowhere.nii.gz")
+    os.mkfifo(tmp_path / "pipe.nii")
+    assert inspect_file(tmp_path / "folder.nii.gz").reason == "a folder, not a file"
+    assert inspect_file(tmp_path / "empty.nii.gz").reason == "empty file"
+    assert inspect_file(tmp_path / "link.nii.gz").reason == "missing file or dangling link"
+    assert inspect_file(tmp_path / "pipe.nii").reason == "not a regular file"
+
+
+def test_permission_denied(tmp_path, monkeypatch):
+    path = scan(tmp_path / "a.nii.gz")
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root may read everything
+
+        def refuse(*_):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(datalist.gzip, "open", refuse)
+    assert inspect_file(path).reason == "permission denied"
+
+
+def test_out_of_memory_concerns_one_file(tmp_path, monkeypatch):
+    def exhaust(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(datalist.nib, "load", exhaust)
+    assert inspect_file(scan(tmp_path / "a.nii")).reason == "unreadable: MemoryError"
+
+
+@settings(CALM, max_examples=150)
+@given(place=st.integers(0, 351), value=st.binary(min_size=1, max_size=8))
+def test_any_header_gets_an_answer(tmp_path_factory, place, value):
+    raw = bytearray(nifti())
+    raw[place : place + len(value)] = value
+    path = tmp_path_factory.getbasetemp() / "fuzz.nii"
+    path.write_bytes(raw)
+    assert isinstance(inspect_file(path).reason, str)
+
+
+# --- split ------------------------------------------------------------------------------------------------------
+
+GROUPS = st.dictionaries(
+    st.text("abcdef0123/_", min_size=1, max_size=8),
+    st.frozensets(st.sampled_from(datalist.MODALITIES), min_size=1, max_size=2),
+    max_size=60,
+)
+FRACTION = st.floats(0, 0.95)
+
+
+def strata(groups: dict) -> dict:
+    return {kind: [key for key in groups if groups[key] == kind] for kind in set(groups.values())}
+
+
+@CALM
+@given(GROUPS, FRACTION, st.integers())
+def test_split_counts(groups, fraction, seed):
+    chosen = split(groups, fraction, seed)
+    assert chosen <= set(groups)
+    for keys in strata(groups).values():
+        held_out = len(chosen.intersection(keys))
+        assert held_out < len(keys)
+        assert abs(held_out - round(fraction * len(keys))) <= 1
+        assert held_out > 0 or fraction == 0 or len(keys) == 1
+        assert held_out == 0 or fraction > 0
+
+
+@CALM
+@given(GROUPS, FRACTION, st.randoms())
+def test_split_ignores_order(groups, fraction, random):
+    shuffled = list(groups.items())
+    random.shuffle(shuffled)
+    assert split(dict(shuffled), fraction, 0) == split(groups, fraction, 0)
+
+
+@CALM
+@given(GROUPS, FRACTION, st.sampled_from(datalist.MODALITIES))
+def test_a_further_group_moves_at_most_one_other(groups, fraction, modality):
+    before = split(groups, fraction, 0)
+    after = split({**groups, "new": frozenset([modality])}, fraction, 0)
+    assert len(before.symmetric_difference(after) - {"new"}) <= 1
+
+
+def test_seed_matters():
+    groups = {f"p{n}": ["ct"] for n in range(100)}
+    assert split(groups, 0.2, 0) != split(groups, 0.2, 1)
+    assert len(split(groups, 0.2, 0)) == 20
+
+
+@pytest.mark.parametrize(
+    ("place", "key"),
+    [
+        ("p1/p1_t1ce.nii.gz", "p1/p1"),
+        ("p1/p1_T2.nii", "p1/p1"),
+        ("p1/flair.nii.gz", "p1"),
+        ("BraTS-7-t1c.nii.gz", "BraTS-7"),
+        ("t1/p1.nii.gz", "p1"),
+        ("case_0003.nii.gz", "case"),
+        ("case_0123.nii.gz", "case_0123"),
+        ("at1.nii.gz", "at1"),
+        ("t1.nii.gz", "folder"),
+    ],
+)
+def test_default_group(place, key):
+    one = Scan(f"/data/folder/{Path(place).name}", "t1", place)
+    assert group_keys([one]) == {one: key}
+
+
+def test_channel_numbers_are_told_from_patient_numbers():
+    channels = [Scan(f"/d/a_{m}", m, f"a_000{n}.nii.gz") for n, m in enumerate(("t1", "t2", "flair"))]
+    assert set(group_keys(channels).values()) == {"a"}
+    patients = [Scan(f"/d/{n}{m}", m, f"a_000{n}.nii.gz") for n in (1, 2) for m in ("t1", "t2")]
+    assert set(group_keys(patients).values()) == {"a_0001", "a_0002"}
+
+
+def brats(folder: Path, patients: int = 12) -> list[str]:
+    """Four contrasts per patient; returns the sources that list them."""
+    for patient in range(patients):
+        for name in ("t1", "t1ce", "t2", "flair"):
+            scan(folder / f"p{patient}" / f"p{patient}_{name}.nii.gz")
+    return [f"{name}={folder}/**/*_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair")]
+
+
+def test_one_patient_one_side(tmp_path):
+    sources = brats(tmp_path / "data")
+    found = run(tmp_path, *sources, "--validation", "0.25")
+    patients = [{Path(e["image"]).parent.name for e in found[side]} for side in ("training", "validation")]
+    assert not patients[0] & patients[1] and len(patients[1]) == 3
+    assert len(found["training"]) == 36 and len(found["validation"]) == 12
+    assert all(e["image"].endswith(f"_{e['modality']}.nii.gz") for e in found["training"] + found["validation"])
+
+
+def test_order_of_sources_and_place_of_data_do_not_matter(tmp_path):
+    sources = brats(tmp_path / "data")
+    first = run(tmp_path, *sources)
+    raw = (tmp_path / "out.json").read_bytes(), (tmp_path / "out_report.csv").read_bytes()
+    assert run(tmp_path, *sources[::-1]) == first
+    assert raw == ((tmp_path / "out.json").read_bytes(), (tmp_path / "out_report.csv").read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").rename(tmp_path / "elsewhere" / "moved")
+    moved = run(tmp_path, *brats(tmp_path / "elsewhere" / "moved"))
+    for side in ("training", "validation"):
+        assert names(moved[side]) == names(first[side])
+
+
+def test_further_file_hardly_changes_the_split(tmp_path):
+    for n in range(40):
+        scan(tmp_path / "data" / f"c{n}x.nii")
+    before = run(tmp_path, f"ct={tmp_path}/data", "--validation", "0.2")
+    scan(tmp_path / "data" / "new.nii")
+    after = run(tmp_path, f"ct={tmp_path}/data", "--validation", "0.2")
+    assert len((names(before["validation"]) ^ names(after["validation"])) - {"new.nii"}) <= 1
+
+
+def test_group_pattern(tmp_path, capsys):
+    for n in range(12):
+        scan(tmp_path / "data" / f"site{n % 3}-{n}x.nii")
+    found = run(tmp_path, f"ct={tmp_path}/data", "--group", r"(site\d)-", "--validation", "0.34")
+    assert len({name[:5] for name in names(found["validation"])}) == 1 and len(found["validation"]) == 4
+    for side in (tmp_path / "out.json", tmp_path / "out_report.csv"):
+        side.unlink()
+    assert "does not match" in fails(capsys, tmp_path, f"ct={tmp_path}/data", "--group", "site0")
+    assert "site1-10x.nii" in fails(capsys, tmp_path, f"ct={tmp_path}/data", "--group", "site[02]")
+    assert "does not match" in fails(capsys, tmp_path, f"ct={tmp_path}/data", "--group", "site.|(never)")
+    assert "not a regular expression" in fails(capsys, tmp_path, f"ct={tmp_path}/data", "--group", "(")
+
+
+# --- sources ----------------------------------------------------------------------------------------------------
+
+
+def test_kinds_of_sources(tmp_path):
+    for name in (
+        "f/deep/er/a.nii",
+        "f/b.nii.gz",
+        "f/._b.nii.gz",
+        "f/.hidden/c.nii",
+        "f/notes.txt",
+        "g1/c.nii",
+        "d.nii",
+    ):
+        scan(tmp_path / name)
+    (tmp_path / "f" / "loop").symlink_to(tmp_path / "f")
+    sources = [f"ct={tmp_path}/f", f"t1={tmp_path}/g[0-9]", f"t2={tmp_path}/d.nii"]
+    found = run(tmp_path, *sources)
+    assert [(e["image"], e["modality"]) for e in found["training"]] == [
+        ("d.nii", "t2"), ("f/b.nii.gz", "ct"), ("g1/c.nii", "t1")]  # fmt: skip
+    assert found["validation"] == [{"image": "f/deep/er/a.nii", "modality": "ct"}]
+    (tmp_path / "lists").mkdir()
+    outside = run(tmp_path, *sources, out="lists/out.json")
+    assert outside["training"][0]["image"] == str(tmp_path / "d.nii")
+
+
+def test_brackets_in_a_folder_name_and_equals_in_a_path(tmp_path):
+    scan(tmp_path / "a[1]=b" / "x.nii")
+    assert names(run(tmp_path, f"ct={tmp_path}/a[1]=b")["training"]) == {"x.nii"}
+
+
+def test_folder_named_like_a_scan(tmp_path):
+    scan(tmp_path / "f" / "x.nii" / "x.nii")
+    (tmp_path / "f" / "y.nii").mkdir()
+    assert names(run(tmp_path, f"ct={tmp_path}/f")["training"]) == {"x.nii"}
+    rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
+    assert [(row["status"], row["reason"]) for row in rows] == [("accepted", ""), ("refused", "a folder, not a file")]
+
+
+def decathlon(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "set" / "dataset.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_decathlon_json(tmp_path, capsys):
+    for name in ("a", "b", "c", "d"):
+        scan(tmp_path / "set" / "images" / f"{name}.nii.gz")
+    content = {
+        "modality": {"0": "CT"},
+        "training": [{"image": "./images/a.nii.gz", "label": "l.nii.gz", "modality": "t1"}],
+        "validation": [{"image": str(tmp_path / "set/images/b.nii.gz"), "modality": "t2"}],
+        "test": ["images/c.nii.gz", {"image": "images/d.nii.gz"}],
+    }
+    path = decathlon(tmp_path, content)
+    assert "'test' entry 0 has no 'modality'" in fails(capsys, tmp_path, path)
+    found = run(tmp_path, f"ct={path}", "--validation", "0")
+    assert [e["image"] for e in found["training"]] == [f"set/images/{n}.nii.gz" for n in "abcd"]
+    assert {e["modality"] for e in found["training"]} == {"ct"}
+    del content["test"]
+    found = run(tmp_path, decathlon(tmp_path, content))
+    assert [e["modality"] for e in found["training"]] == ["t1", "t2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "not a Decathlon data list"),
+        ({"training": {"0": "a"}}, "'training' is not a list"),
+        ({"training": [{"label": "a"}]}, "has no 'image'"),
+        ({"training": [{"image": ["a", "b"], "modality": "ct"}]}, "has no 'image' that is one file name"),
+        ({"training": [{"image": "a\0b", "modality": "ct"}]}, "has no 'image'"),
+        ({"training": [{"image": "a.nii", "modality": "CT"}]}, "did you mean 'ct'?"),
+        ({"training": []}, "has no .nii or .nii.gz file"),
+    ],
+)
+def test_bad_json(tmp_path, capsys, content, sentence):
+    assert sentence in fails(capsys, tmp_path, decathlon(tmp_path, content))
+
+
+def test_missing_file_of_a_json_is_refused(tmp_path, capsys):
+    scan(tmp_path / "set" / "a.nii")
+    run(tmp_path, f"ct={decathlon(tmp_path, {'training': ['a.nii', 'gone.nii']})}")
+    assert "Refused, missing file or dangling link: 1" in capsys.readouterr().out
+
+
+def test_same_file_twice(tmp_path, capsys):
+    path = scan(tmp_path / "f" / "a.nii")
+    (tmp_path / "f" / "b.nii").symlink_to(path)
+    found = run(tmp_path, f"ct={tmp_path}/f", f"ct={tmp_path}/f/../f/a.nii")
+    assert found["training"] == [{"image": "f/a.nii", "modality": "ct"}]
+    assert "listed once: 2" in capsys.readouterr().out
+    for file in tmp_path.glob("out*"):
+        file.unlink()
+    assert "given both as ct and as t1" in fails(capsys, tmp_path, f"ct={path}", f"t1={tmp_path}/f/b.nii")
+
+
+def test_modality_names(tmp_path, capsys):
+    scan(tmp_path / "f" / "a.nii")
+    assert "did you mean 'flair'?" in fails(capsys, tmp_path, f"flare={tmp_path}/f")
+    assert "known are ct, t1, t1ce, t2, flair" in fails(capsys, tmp_path, f"xyzzy={tmp_path}/f")
+    assert run(tmp_path, f"pet={tmp_path}/f", "--modalities", "ct", "pet")["training"][0]["modality"] == "pet"
+
+
+def test_wrong_arguments(tmp_path, capsys):
+    scan(tmp_path / "f" / "a.nii")
+    (tmp_path / "f" / "notes.txt").touch()
+    (tmp_path / "none").mkdir()
+    good = f"ct={tmp_path}/f"
+    assert "needs a modality" in fails(capsys, tmp_path, tmp_path / "f")
+    assert "names no path" in fails(capsys, tmp_path, "ct=")
+    assert "does not exist" in fails(capsys, tmp_path, good, f"ct={tmp_path}/g")
+    assert "has no .nii" in fails(capsys, tmp_path, good, f"ct={tmp_path}/none")
+    assert "has no .nii" in fails(capsys, tmp_path, good, f"ct={tmp_path}/f/*.gz")
+    assert "neither a folder" in fails(capsys, tmp_path, f"ct={tmp_path}/f/notes.txt")
+    for share in ("1", "-0.1", "nan"):
+        assert "--validation" in fails(capsys, tmp_path, good, f"--validation={share}")
+    assert main([str(tmp_path / "out.json"), good, "--workers", "0"]) == 2
+    assert main([str(tmp_path / "out.txt"), good]) == 2
+    assert main([str(tmp_path / "absent" / "out.json"), good]) == 2
+    path = decathlon(tmp_path, {"training": [str(tmp_path / "f" / "a.nii")]})
+    assert main([str(path), f"ct={path}"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "out.json")])
+
+
+# --- the whole command ------------------------------------------------------------------------------------------
+
+
+def test_report(tmp_path, capsys):
+    for n in range(20):
+        scan(tmp_path / "f" / f"c{n:02}x.nii.gz")
+    scan(tmp_path / "f" / "labels" / "small.nii", nifti(VOXELS[:4]))
+    for n in range(7):
+        scan(tmp_path / "f" / f"bad{n}.nii", nifti(with_value(np.nan)))
+    run(tmp_path, f"ct={tmp_path}/f")
+    printed = capsys.readouterr().out
+    assert re.search(r"ct +20 +1 +4-8 x 9 x 10 +1 x 2 x 3 +14,760", printed)
+    assert "Refused, NaN or infinite voxels: 7" in printed and "... and 2 more" in printed
+    assert "1 files lie in folders named like labels" in printed
+    assert printed.endswith(
+        "python -m monai.bundle run --config_file bundles/dae_pretraining/configs/train.json "
+        f"--datalist {tmp_path}/out.json\n"
+    )
+    rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
+    assert len(rows) == 28 and [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+    assert rows[0]["reason"] == "NaN or infinite voxels" and rows[0]["split"] == ""
+    assert (
+        rows[-1]["path"] == "f/labels/small.nii" and rows[-1]["shape"] == "4x9x10" and rows[-1]["spacing_mm"] == "1x2x3"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["f", "out.json", "out_report.csv"]
+
+
+def test_nothing_accepted(tmp_path, capsys):
+    scan(tmp_path / "f" / "a.nii", b"")
+    assert "None of the 1 files can be used" in fails(capsys, tmp_path, f"ct={tmp_path}/f")
+
+
+def test_file_names_of_any_bytes(tmp_path):
+    name = os.fsdecode(b"\xff caf\xc3\xa9\n.nii")
+    try:
+        scan(tmp_path / "f" / name)
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    assert names(run(tmp_path, f"ct={tmp_path}/f")["training"]) == {name}
+    (tmp_path / "f" / name).write_bytes(b"")
+    scan(tmp_path / "f" / "good.nii")
+    assert names(run(tmp_path, f"ct={tmp_path}/f")["training"]) == {"good.nii"}
+
+
+def test_two_thousand_files_in_parallel(tmp_path):
+    raw = gzip.compress(nifti(), 1)
+    (tmp_path / "f").mkdir()
+    for n in range(2000):
+        (tmp_path / "f" / f"c{n}x.nii.gz").write_bytes(raw if n % 100 else raw[:-20])
+    started = time.monotonic()
+    assert main([str(tmp_path / "out.json"), f"ct={tmp_path}/f", "--workers", "2"]) == 0
+    assert time.monotonic() - started < 20
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (len(found["training"]), len(found["validation"])) == (1881, 99)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers do not inherit the patch")
+def test_killed_worker(tmp_path, monkeypatch, capsys):
+    for n in range(4):
+        scan(tmp_path / "f" / f"{n}x.nii")
+    monkeypatch.setattr(datalist, "inspect_file", lambda *_: os._exit(1))
+    assert main([str(tmp_path / "out.json"), f"ct={tmp_path}/f", "--workers", "2"]) == 2
+    assert "fewer --workers" in capsys.readouterr().err and os.listdir(tmp_path) == ["f"]
+
+
+def test_ctrl_c(tmp_path):
+    raw = gzip.compress(nifti(), 1)
+    (tmp_path / "f").mkdir()
+    for n in range(3000):
+        (tmp_path / "f" / f"{n}x.nii.gz").write_bytes(raw)
+    patient = (
+        "import sys, time; from tools import datalist as d; found = d.unique\n"
+        "def unique(scans):\n    print('ready', flush=True)\n    return found(scans)\n"
+        "d.unique = unique; sys.exit(d.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", patient, str(tmp_path / "out.json"), f"ct={tmp_path}/f", "--workers", "2"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.4)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal signals the workers, too
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == "datalist: stopped, nothing was written.\n"
+    assert os.listdir(tmp_path) == ["f"]
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datalist.os, "replace", full)
+    scan(tmp_path / "f" / "a.nii")
+    assert main([str(path), f"ct={tmp_path}/f", "--workers", "1"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["f", "out.json"]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"real volumes are not at {DATA} (set DAE_TEST_DATA)")
+def test_real_volumes(tmp_path, capsys):
+    brain = DATA / "brain_mri" / "images"
+    sources = [f"{name}={brain}/*_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair")]
+    sources += [f"ct={DATA}/ct/images", f"t1={DATA}/abdomen_mri/images", f"t2={DATA}/fetal_mri/images"]
+    assert main([str(tmp_path / "out.json"), *sources, "--validation", "0.2"]) == 0
+    assert "Refused" not in capsys.readouterr().out
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["training"]) + len(found["validation"]) == 21
+    assert {entry["modality"] for entry in found["training"]} == set(datalist.MODALITIES)
+    sides = [{n for n in names(found[side]) if n.startswith("pgbm003")} for side in ("training", "validation")]
+    assert sorted(map(len, sides)) == [0, 4]

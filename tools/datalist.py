@@ -1,0 +1,527 @@
+"""Turn folders of 3D scans into one checked, split data list for self-supervised pre-training.
+
+    python -m tools.datalist OUT.json ct=/data/ct t1='/data/brain/**/*_t1.nii.gz' more.json
+
+Every file is opened before it is listed, since one broken file ends a training run hours after its start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import stat
+import sys
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
+SUFFIXES = (".nii", ".nii.gz")
+NEXT_COMMAND = "python -m monai.bundle run --config_file bundles/dae_pretraining/configs/train.json --datalist {}"
+SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
+DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
+CONTRAST_NAMES = (*MODALITIES, "t1c", "t1gd", "t1n", "t1w", "t2f", "t2w")
+CHANNEL = re.compile(r"_000\d$")  # "_0000", "_0001": one channel of a patient
+SHOWN = 5  # file names printed per kind of refusal
+
+
+class DatalistError(ValueError):
+    """A mistake in what was asked; its text is one sentence for the user."""
+
+
+class Refusal(ValueError):
+    """Why one file is not listed, as "kind" or "kind: detail"."""
+
+
+@dataclass(frozen=True, order=True)
+class Scan:
+    """One file to list: absolute path (links kept), modality, and its path below its source's root."""
+
+    path: str
+    modality: str
+    place: str
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a check found: shape in voxels, spacing in mm, and the reason of a refusal ("" when accepted)."""
+
+    path: str
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    reason: str = ""
+
+
+def inspect_file(path: str | os.PathLike[str], headers_only: bool = False) -> FileReport:
+    """Check that one file is a 3D scan that training can read.
+
+    Args:
+        path: a .nii or .nii.gz file.
+        headers_only: trust the voxels, which saves reading (and decompressing) them.
+
+    Returns:
+        The file's shape (voxels), spacing (mm) and, when it is refused, the reason. Never raises for a bad file.
+    """
+    found: dict[str, tuple] = {}
+    try:
+        with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
+            _check(os.fspath(path), headers_only, found)
+        reason = ""
+    except Refusal as refusal:
+        reason = str(refusal)
+    except FileNotFoundError:
+        reason = "missing file or dangling link"
+    except PermissionError:
+        reason = "permission denied"
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = f"truncated or corrupted: {error}"
+    except Exception as error:  # whatever a hostile header provokes (MemoryError too) concerns this file only
+        reason = f"unreadable: {type(error).__name__} {error}"
+    return FileReport(os.fspath(path), **found, reason=" ".join(reason.split()))
+
+
+def _check(path: str, headers_only: bool, found: dict[str, tuple]) -> None:
+    """Raise for a file that is not to be listed; leave shape and spacing in `found` as soon as known."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise Refusal("a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise Refusal("not a regular file")
+    if not status.st_size:
+        raise Refusal("empty file")
+    packed = path.lower().endswith(".gz")
+    with gzip.open(path) if packed else open(path, "rb") as stream:
+        try:
+            block = stream.read(540)
+        except gzip.BadGzipFile as error:
+            raise Refusal(f"not a NIfTI file: {error}") from None
+        if block[344:347] != b"n+1" and block[4:7] != b"n+2":
+            raise Refusal("not a NIfTI file: its header has no n+1 or n+2 mark")
+        try:
+            image = nib.load(path)
+        except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+            raise Refusal(f"bad header: {error}") from None
+        if type(image) not in (nib.Nifti1Image, nib.Nifti2Image):  # surfaces (CIFTI) share the file name
+            raise Refusal(f"not a 3D volume: {type(image).__name__}")
+
+        voxels = image.dataobj
+        found["shape"] = tuple(int(n) for n in image.shape)
+        if len(image.shape) != 3 and (len(image.shape) != 4 or image.shape[3] != 1):
+            raise Refusal(f"not a 3D volume: {len(image.shape)} dimensions")
+        if min(image.shape[:3]) < 2:
+            raise Refusal("not a 3D volume: an axis has fewer than 2 voxels")
+        if voxels.dtype.kind not in "iuf":  # colour is structured, complex is "c"
+            raise Refusal(f"voxel type: {'complex' if voxels.dtype.kind == 'c' else 'colour'}, not one number")
+
+        # nibabel silently turns a zero pixdim into 1 mm, so look at the header as it was written.
+        header = type(image.header)(block[: image.header.sizeof_hdr], check=False)
+        pixdim = np.asarray(header["pixdim"][1:4], float)
+        if not (np.isfinite(pixdim) & (pixdim > 0)).all():
+            raise Refusal(f"bad spacing: {' x '.join(f'{p:g}' for p in pixdim)} mm")
+        columns = image.affine[:3, :3]
+        spacing = np.linalg.norm(columns, axis=0)  # what resampling in training goes by
+        if not np.isfinite(image.affine).all() or not spacing.all() or abs(np.linalg.det(columns / spacing)) < 1e-6:
+            raise Refusal("bad affine: singular or not finite")
+        found["spacing"] = tuple(float(f"{s:.5g}") for s in spacing)
+
+        if voxels.offset < header.sizeof_hdr:
+            raise Refusal("bad header: voxels would start inside it")
+        size = math.prod(found["shape"]) * voxels.dtype.itemsize
+        if voxels.offset + size > status.st_size * (DEFLATE_RATIO if packed else 1):
+            raise Refusal(f"truncated or corrupted: {status.st_size} bytes cannot hold {size} bytes of voxels")
+        if not headers_only:
+            stream.seek(voxels.offset)
+            low, high = _extremes(stream, voxels.dtype, size)
+            # Scaling is monotone, so the extremes tell of all voxels, as float32, which training turns them into.
+            low, high = (np.float32(float(v) * float(voxels.slope) + float(voxels.inter)) for v in (low, high))
+            if not (np.isfinite(low) and np.isfinite(high)):
+                raise Refusal("NaN or infinite voxels")
+            if low == high:
+                raise Refusal(f"constant voxels: all are {low:g}")
+
+
+def _extremes(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> tuple[np.generic, np.generic]:
+    """Lowest and highest of `size` bytes of stored voxels (NaN if there is one), read front to back in slabs."""
+    buffer = memoryview(bytearray(min(size, SLAB_BYTES)))
+    lows, highs, total = [], [], size
+    while size:
+        want = filled = min(size, SLAB_BYTES)
+        while filled and (got := stream.readinto(buffer[want - filled : want])):
+            filled -= got
+        if filled:
+            raise Refusal(f"truncated or corrupted: {size - want + filled} bytes of voxels are missing")
+        slab = np.frombuffer(buffer[:want], dtype)
+        lows.append(slab.min())
+        highs.append(slab.max())
+        size -= want
+    # At its end gzip compares a checksum; damage may put the end off, a bomb must not do so for ever.
+    while stream.read(1 << 20) and stream.tell() < 2 * total + (64 << 20):
+        pass
+    return np.min(lows), np.max(highs)
+
+
+def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
+    """List the scans of one SOURCE of the command line: `modality=path`, or `path` of a Decathlon JSON.
+
+    Raises:
+        DatalistError: unknown modality, missing path, no file there, or a JSON that is no Decathlon list.
+    """
+    name, sign, path = source.partition("=")
+    if not sign or "/" in name:  # a path may hold "=" too
+        name, path = "", source
+    if not path:
+        raise DatalistError(f"'{source}' names no path.")
+    if name:
+        _known(name, modalities, f"'{source}'")
+    path = os.path.abspath(os.path.expanduser(path))  # the shell leaves the ~ of ct=~/data alone
+    if path.lower().endswith(".json") and os.path.isfile(path):
+        found = _decathlon(Path(path), name, modalities)
+        root = os.path.dirname(path)
+    elif not name:
+        raise DatalistError(f"'{source}' needs a modality: write modality={source}.")
+    else:
+        root, found = _files(path, source)
+    if not found:
+        raise DatalistError(f"'{source}' has no .nii or .nii.gz file.")
+    return [Scan(file, modality or name, Path(os.path.relpath(file, root)).as_posix()) for file, modality in found]
+
+
+def _known(name: object, modalities: Iterable[str], where: str) -> str:
+    """Return a modality name that is one of the known ones."""
+    known = list(modalities)
+    if name in known:
+        return str(name)
+    close = difflib.get_close_matches(str(name).lower(), known, 1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    raise DatalistError(f"{where}: unknown modality '{name}'{hint}; known are {', '.join(known)}, or use --modalities.")
+
+
+def _files(path: str, source: str) -> tuple[str, list[tuple[str, str]]]:
+    """Root and scans of a folder, a file or a pattern; a path that exists is never taken for a pattern."""
+    if os.path.isdir(path):
+        return path, [(file, "") for file in _walk(path)]
+    if os.path.lexists(path):
+        if not path.lower().endswith(SUFFIXES):
+            raise DatalistError(f"'{source}' is neither a folder nor a .nii, .nii.gz or .json file.")
+        return os.path.dirname(path), [(path, "")]
+    if not glob.has_magic(path):
+        raise DatalistError(f"'{source}' does not exist.")
+    root = path
+    while glob.has_magic(root):
+        root = os.path.dirname(root)
+    found: set[str] = set()
+    for match in glob.glob(path, recursive=True):
+        found.update(_walk(match) if os.path.isdir(match) else [match] * match.lower().endswith(SUFFIXES))
+    return root, [(file, "") for file in sorted(found)]
+
+
+def _walk(folder: str) -> list[str]:
+    """Scans below a folder, through links but each real folder once; hidden files (macOS "._x.nii.gz") are none."""
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def closed(error: OSError) -> None:
+        found.append(error.filename)  # a folder that cannot be listed gets a row, too
+
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=closed):
+        real = os.path.realpath(here)
+        folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
+        scans = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".") and real not in seen]
+        # Some archives unpack to x.nii/x.nii; a folder of that name without a scan is a mistake to report.
+        found += [os.path.join(here, n) for n in scans] or [here] * here.lower().endswith(SUFFIXES)
+        seen.add(real)
+    return found
+
+
+def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str]]:
+    """(absolute file, modality) of all entries of a Decathlon JSON; a modality given on the command line wins."""
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatalistError(f"{path} cannot be read as JSON: {error}.") from None
+    found = []
+    for key in ("training", "validation", "test"):
+        entries = lists.get(key, []) if isinstance(lists, dict) else None
+        if not isinstance(entries, list):
+            raise DatalistError(f"{path} is not a Decathlon data list: '{key}' is not a list.")
+        for number, entry in enumerate(entries):
+            image, own = (entry.get("image"), entry.get("modality")) if isinstance(entry, dict) else (entry, None)
+            where = f"{path}, '{key}' entry {number}"
+            if not isinstance(image, str) or not image or "\0" in image:
+                raise DatalistError(f"{where} has no 'image' that is one file name.")
+            if not modality and own is None:
+                raise DatalistError(f"{where} has no 'modality': add it, or write modality={path}.")
+            found.append((os.path.abspath(path.parent / image), modality or _known(own, modalities, where)))
+    return found
+
+
+def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
+    """Sort scans and part them into those to keep and further names (links, spellings) of the same files.
+
+    Raises:
+        DatalistError: one file is given under two modalities.
+    """
+    by_file: dict[str, list[Scan]] = {}
+    for scan in sorted(scans):
+        by_file.setdefault(os.path.realpath(scan.path), []).append(scan)
+    for first, *others in by_file.values():
+        for other in others:
+            if other.modality != first.modality:
+                both = first.path if first.path == other.path else f"{first.path} (also {other.path})"
+                raise DatalistError(f"{both} is given both as {first.modality} and as {other.modality}.")
+    return [same[0] for same in by_file.values()], [scan for same in by_file.values() for scan in same[1:]]
+
+
+def group_keys(scans: Iterable[Scan], pattern: str | None = None, modalities: Iterable[str] = ()) -> dict[Scan, str]:
+    """Name the group (as a rule, the patient) of each scan: what must not lie on both sides of the split.
+
+    Args:
+        scans: files with their place below the source's root, so that moving the data changes nothing.
+        pattern: regular expression for the full path; its first group, or the whole match, is the key.
+        modalities: names that end a contrast's file name, in addition to the usual ones.
+
+    Raises:
+        DatalistError: the pattern is no regular expression or does not match a file.
+    """
+    if pattern is not None:
+        try:
+            regex = re.compile(pattern)
+        except re.error as error:
+            raise DatalistError(f"--group '{pattern}' is not a regular expression: {error}.") from None
+        keys = {}
+        for scan in scans:
+            match = regex.search(Path(scan.path).as_posix())
+            if match is None or match[min(1, regex.groups)] is None:
+                raise DatalistError(f"--group '{pattern}' does not match {scan.path}.")
+            keys[scan] = match[min(1, regex.groups)]
+        return keys
+    names = "|".join(map(re.escape, sorted({*CONTRAST_NAMES, *modalities})))
+    contrast = re.compile(rf"(?:^|[_.\-])(?:{names})$", re.IGNORECASE)
+    keys = {}
+    for scan in scans:
+        parts = re.sub(r"\.nii(\.gz)?$", "", scan.place, flags=re.IGNORECASE).split("/")
+        keys[scan] = "/".join(filter(None, (contrast.sub("", p) for p in parts))) or Path(scan.path).parent.name
+    # "_0001" is a channel unless one modality has several of them: then it counts patients.
+    counted: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for scan, key in keys.items():
+        counted[CHANNEL.sub("", key), scan.modality].add(key)
+    patients = {key for (key, _), full in counted.items() if len(full) > 1}
+    return {scan: key if (short := CHANNEL.sub("", key)) in patients else short for scan, key in keys.items()}
+
+
+def split(groups: Mapping[str, Iterable[str]], fraction: float, seed: int) -> set[str]:
+    """Choose the groups that go to validation.
+
+    Groups are ranked by a hash of seed and key, so a group's side depends neither on the order of the groups nor
+    (but for those next to the border) on which others there are.
+
+    Args:
+        groups: the modalities of each group; each set of modalities is a stratum of its own.
+        fraction: share of a stratum's groups for validation, 0 <= fraction < 1. Rounded, yet at least one group
+            (unless fraction is 0) and never all of them.
+        seed: another seed, another split.
+    """
+    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for key, modalities in groups.items():
+        strata[tuple(sorted(set(modalities)))].append(key)
+    chosen: set[str] = set()
+    for keys in strata.values():
+        keys.sort(key=lambda key: hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest())
+        count = min(max(round(len(keys) * fraction), fraction > 0), len(keys) - 1)
+        chosen.update(keys[:count])
+    return chosen
+
+
+def check_files(paths: list[str], headers_only: bool, workers: int) -> list[FileReport]:
+    """Inspect files in parallel processes, in order, with a progress bar on a terminal."""
+    workers = min(workers, len(paths))
+    bar = partial(tqdm, total=len(paths), desc="checking", unit="file", disable=None)
+    if workers <= 1:
+        return list(bar(map(partial(inspect_file, headers_only=headers_only), paths)))
+    stop = multiprocessing.Event()
+    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(stop,)) as pool:
+        try:
+            inspect = partial(_inspect_unless_stopped, headers_only=headers_only)
+            return list(bar(pool.map(inspect, paths, chunksize=max(1, min(16, len(paths) // (4 * workers))))))
+        except BrokenProcessPool:
+            raise DatalistError("A checking process was ended from outside (memory?): use fewer --workers.") from None
+        finally:
+            stop.set()  # after Ctrl-C the pool waits for what its workers have begun: no more than a file each
+
+
+def _start_worker(stop: Event) -> None:
+    """Leave Ctrl-C to the main process (each worker would print a traceback), which then sets `stop`."""
+    global _stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _stop = stop
+
+
+def _inspect_unless_stopped(path: str, headers_only: bool) -> FileReport:
+    return FileReport(path, reason="stopped") if _stop.is_set() else inspect_file(path, headers_only)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _say(text: str, to: io.TextIOBase | None = None) -> None:
+    """Print, whatever characters a file name has and whatever the terminal can show."""
+    to = to or sys.stdout
+    print(text.encode(to.encoding or "ascii", "backslashreplace").decode(to.encoding or "ascii"), file=to)
+
+
+def _span(rows: list[tuple[float, ...]]) -> str:
+    """Range of each axis over files: "64-128 x 64 x 20-30"."""
+    ends = [(f"{min(axis):.4g}", f"{max(axis):.4g}") for axis in zip(*rows, strict=True)]
+    return " x ".join(low if low == high else f"{low}-{high}" for low, high in ends)
+
+
+def _few(names: list[str]) -> str:
+    """The first few names, a line each."""
+    more = [f"... and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+    return "".join(f"\n    {name}" for name in names[:SHOWN] + more)
+
+
+def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan]) -> None:
+    """Print what each modality has, what was refused and why, and what was given twice."""
+    table = [("modality", "training", "validation", "voxels", "spacing (mm)", "voxels in all")]
+    for modality in sorted({scan.modality for scan, report, _ in rows if not report.reason}):
+        mine = [(r, side) for scan, r, side in rows if scan.modality == modality and not r.reason]
+        sides = Counter(side for _, side in mine)
+        total = f"{sum(math.prod(r.shape) for r, _ in mine):,}"
+        spans = _span([r.shape[:3] for r, _ in mine]), _span([r.spacing for r, _ in mine])
+        table.append((modality, str(sides["training"]), str(sides["validation"]), *spans, total))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table if len(table) > 1 else ():
+        _say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if twice:
+        _say(f"Given more than once, listed once: {len(twice)}{_few([scan.path for scan in twice])}")
+    refused = defaultdict(list)
+    for scan, report, _ in rows:
+        if report.reason:
+            kind, _, detail = report.reason.partition(": ")
+            refused[kind].append(f"{scan.path} ({detail})" if detail else scan.path)
+    for kind, names in sorted(refused.items(), key=lambda item: (-len(item[1]), item[0])):
+        _say(f"Refused, {kind}: {len(names)}{_few(names)}")
+
+
+def build(options: argparse.Namespace) -> None:
+    """Collect, check, split and write.
+
+    Raises:
+        DatalistError: wrong arguments, or no file was accepted; nothing is written then.
+    """
+    out = Path(os.path.abspath(options.out))
+    if out.suffix != ".json" or out.is_dir() or not out.parent.is_dir():
+        raise DatalistError(f"'{options.out}' must be a .json file in a folder that exists.")
+    if not os.access(out.parent, os.W_OK):
+        raise DatalistError(f"'{out.parent}' cannot be written to.")
+    if not 0 <= options.validation < 1:
+        raise DatalistError(f"--validation must be at least 0 and less than 1, not {options.validation}.")
+    if options.workers < 1:
+        raise DatalistError(f"--workers must be at least 1, not {options.workers}.")
+    if any(os.path.realpath(s.partition("=")[2] or s) == os.path.realpath(out) for s in options.source):
+        raise DatalistError(f"'{options.out}' is also a source and would be overwritten.")
+
+    def name(path: str) -> str:
+        return Path(path).relative_to(out.parent).as_posix() if Path(path).is_relative_to(out.parent) else path
+
+    scans, twice = unique(scan for source in options.source for scan in read_source(source, options.modalities))
+    keys = group_keys(scans, options.group, options.modalities)
+    reports = check_files([scan.path for scan in scans], options.headers_only, options.workers)
+    groups: dict[str, set[str]] = defaultdict(set)
+    for scan, report in zip(scans, reports, strict=True):
+        if not report.reason:
+            groups[keys[scan]].add(scan.modality)
+    held_out = split(groups, options.validation, options.seed)
+    lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
+    rows = []
+    for scan, report in zip(scans, reports, strict=True):
+        side = "" if report.reason else "validation" if keys[scan] in held_out else "training"
+        rows.append((scan, report, side))
+        if side:
+            lists[side].append({"image": name(scan.path), "modality": scan.modality})
+    _print_report(rows, twice)
+    if not groups:
+        raise DatalistError(f"None of the {len(scans)} files can be used, so nothing was written.")
+
+    for entries in lists.values():
+        entries.sort(key=lambda entry: entry["image"])
+    about = f"{len(groups)} groups of 3D scans for self-supervised pre-training, {options.validation:g} held out"
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(("path", "modality", "split", "shape", "spacing_mm", "status", "reason"))
+    for scan, report, side in rows:
+        sizes = ("x".join(map(str, report.shape)), "x".join(f"{s:g}" for s in report.spacing))
+        status = "refused" if report.reason else "accepted"
+        writer.writerow((name(scan.path), scan.modality, side, *sizes, status, report.reason))
+    for scan in twice:
+        writer.writerow((name(scan.path), scan.modality, "", "", "", "duplicate", "listed once"))
+    report_file = out.with_name(f"{out.stem}_report.csv")
+    _write(report_file, table.getvalue())
+    _write(out, json.dumps({"name": out.stem, "description": about, "seed": options.seed, **lists}, indent=2) + "\n")
+    labels = sum("label" in Path(scan.place).parent.as_posix().lower() for scan in scans)
+    if labels:
+        _say(f"Note: {labels} files lie in folders named like labels; are they scans?")
+    _say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
+    _say(NEXT_COMMAND.format(shlex.quote(str(out))))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
+    parser = argparse.ArgumentParser(prog="python -m tools.datalist", description=__doc__.partition("\n")[0])
+    add: Callable = parser.add_argument
+    add("out", metavar="OUT.json", help="data list to write; OUT_report.csv beside it gets one row per file")
+    add("source", metavar="SOURCE", nargs="+", help="modality=path: a folder, a quoted pattern (** goes into folders), "
+        "a file, or a Decathlon JSON, which needs no 'modality=' if its entries have a modality")  # fmt: skip
+    add("--validation", type=float, default=0.05, metavar="SHARE", help="share of the groups to hold out (%(default)s)")
+    add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")
+    add("--group", metavar="REGEX", help="its first group in a file's full path names the patient, who is never split; "
+        "by default the path below SOURCE without a contrast at the end (_t1, _flair, _0000)")  # fmt: skip
+    add("--headers-only", action="store_true", help="do not read the voxels: quick, but misses broken files")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+    known = (
+        f"all allowed names ({' '.join(MODALITIES)}); the pre-training bundle needs a JSON entry for each further one"
+    )
+    add("--modalities", nargs="+", default=MODALITIES, metavar="NAME", help=known)
+    try:
+        build(parser.parse_args(argv))
+    except (DatalistError, OSError) as error:
+        _say(f"datalist: {error}", sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        _say("datalist: stopped, nothing was written.", sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
