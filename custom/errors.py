@@ -1,5 +1,6 @@
 """Errors that a user can mend: one sentence that names the file or the id, and what to do."""
 
+import logging
 import re
 import sys
 import traceback
@@ -14,14 +15,16 @@ class BadInput(ValueError):
 
 
 def sentence(error: BaseException) -> str | None:
-    """Return the sentence of the last `BadInput` among the causes of an error, None if there is none.
+    """Return the sentence of the `BadInput` among the causes of an error, None if there is none.
+
+    An argument that a component does not have counts as one.
 
     MONAI re-raises what a transform or a component raises as a `RuntimeError`, and a DataLoader worker sends nothing
     but text; so the sentence is looked for in the text of the whole traceback.
     """
-    # torch puts quotation marks round a message only when it is a KeyError, so the line's end is the message's end.
-    found = re.findall(r"BadInput: (?!.*Caught BadInput)(.+)", "".join(traceback.format_exception(error)))
-    return found[0] if found else None
+    text = "".join(traceback.format_exception(error))
+    found = re.search(r"BadInput: (?!Caught )(.+)|TypeError: (.+ got an unexpected keyword argument .+)", text)
+    return found and (found[1] or found[2])
 
 
 def speak_plainly() -> None:
@@ -35,3 +38,6 @@ def speak_plainly() -> None:
             print(f"\nerror: {message}", file=sys.stderr)
 
     sys.excepthook = hook
+    for handler in logging.getLogger().handlers:
+        # Ignite logs a worker's whole traceback before it passes the error on.
+        handler.addFilter(lambda record: "BadInput: " not in record.getMessage())

@@ -133,6 +133,8 @@ class RunState:
 class StopOnNaN:
     """Stop before a loss that is NaN or infinite reaches the weights, and name the cases of the batch.
 
+    Attach it before whatever saves the weights.
+
     Raises:
         BadInput: from the training loop.
     """

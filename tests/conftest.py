@@ -61,12 +61,12 @@ def overrides(**values) -> list[str]:
 
 
 def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(sys.executable,), cwd=None, **values):
-    """Run `python -m monai.bundle run` on a bundle's configs, as the documentation says; return the finished process."""
+    """Run `python -m monai.bundle run` on a bundle's configs, as documented; return the finished process."""
     files = [str(bundle / "configs" / f"{name}.json") for name in configs]
     config_file = files[0] if len(files) == 1 else str(files)
     return subprocess.run(
         [*launcher, "-m", "monai.bundle", "run", "--config_file", config_file]
-        + overrides(bundle_root=bundle, **SMALL, **values),
+        + overrides(**{"bundle_root": bundle, **SMALL, **values}),
         cwd=cwd or ROOT.parent,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,

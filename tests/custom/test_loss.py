@@ -12,9 +12,9 @@ def softplus(x: float) -> float:
 
 
 def test_contrastive_loss_of_a_batch_by_hand():
-    # Unit vectors at 0, 60 and 90 degrees: cosines 1/2 (0-60), 0 (0-90), sqrt(3)/2 (60-90). Their lengths do not matter.
-    angles = [0, math.pi / 3, math.pi / 2]
-    embedding = torch.tensor([[length * math.cos(a), length * math.sin(a)] for a, length in zip(angles, (1, 5, 0.1))])
+    # Vectors at 0, 60 and 90 degrees: cosines 1/2 (0-60), 0 (0-90), sqrt(3)/2 (60-90). Their lengths do not matter.
+    vectors = [(0, 1), (math.pi / 3, 5), (math.pi / 2, 0.1)]
+    embedding = torch.tensor([[length * math.cos(angle), length * math.sin(angle)] for angle, length in vectors])
     modality = torch.tensor([3, 3, 8])
     scale = math.exp(0.07)
     # -log sigmoid(x) = softplus(-x) where the modalities agree, -log(1 - sigmoid(x)) = softplus(x) where they do not.

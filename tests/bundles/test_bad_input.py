@@ -1,0 +1,173 @@
+"""What a user gets wrong is answered by one sentence that names it and the mend, without a traceback."""
+
+import gzip
+import json
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from custom.data import LoadScand
+from custom.errors import BadInput, sentence
+from custom.network import DisruptiveAutoencoder
+from tests.conftest import monai_bundle
+
+
+def write(path, array) -> str:
+    nibabel.Nifti1Image(np.asarray(array, np.float32), np.eye(4)).to_filename(path)
+    return str(path)
+
+
+def noise(*shape) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape)
+
+
+def truncated(path) -> str:
+    whole = gzip.compress(nibabel.Nifti1Image(noise(64, 32, 32), np.eye(4)).to_bytes())
+    path.write_bytes(whole[: len(whole) // 2])
+    return str(path)
+
+
+def not_a_number(path) -> str:
+    array = noise(64, 32, 32)
+    array[3, 4, 5] = np.nan
+    return write(path, array)
+
+
+SCANS = {
+    "missing": (lambda path: str(path), "does not exist", "--dataset_dir"),
+    "truncated": (truncated, "can't be read", "tools.datalist"),
+    "4D": (lambda path: write(path, noise(64, 32, 32, 2)), "not a 3D volume", "split it"),
+    "2D": (lambda path: write(path, noise(64, 32)), "not a 3D volume", "split it"),
+    "NaN": (not_a_number, "NaN", "replace those voxels"),
+    "constant": (lambda path: write(path, np.ones((64, 32, 32))), "same value 1", "take it out"),
+}
+
+
+def spoken(done) -> str:
+    """The error sentence of a finished process, which has to be the last thing said, with no traceback."""
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr + done.stdout, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+def data_list(tmp_path, training) -> str:
+    good = {"image": write(tmp_path / "good.nii.gz", noise(64, 32, 32)), "modality": "ct"}
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": training, "validation": [good]}))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", SCANS)
+def test_bad_scans(kind, tmp_path):
+    make, fault, mend = SCANS[kind]
+    scan = make(tmp_path / "bad.nii.gz")
+    datalist = data_list(tmp_path, [{"image": scan, "modality": "ct"}])
+    message = spoken(monai_bundle("train", datalist=datalist, output_dir=tmp_path, ckpt_dir=tmp_path))
+    assert "bad.nii.gz" in message and fault in message and mend in message
+
+
+def test_a_fault_found_in_a_worker_process(tmp_path):
+    datalist = data_list(tmp_path, [{"image": not_a_number(tmp_path / "bad.nii.gz"), "modality": "ct"}])
+    arguments = {"datalist": datalist, "output_dir": tmp_path, "ckpt_dir": tmp_path, "cache_rate": 0}
+    message = spoken(monai_bundle("train", **arguments, train__dataloader__num_workers=1))
+    assert "bad.nii.gz holds NaN" in message
+
+
+@pytest.mark.parametrize(
+    "training, expected",
+    [
+        ([], 'no entries under "training"'),
+        ([{"image": "good.nii.gz", "modality": "t1cee"}], "did you mean 't1ce'?"),
+        ([{"image": "good.nii.gz"}], 'needs "image" and "modality"'),
+    ],
+    ids=["empty", "unknown modality", "no modality"],
+)
+def test_bad_data_lists(training, expected, tmp_path):
+    datalist = data_list(tmp_path, training)
+    message = spoken(monai_bundle("train", datalist=datalist, output_dir=tmp_path, ckpt_dir=tmp_path))
+    assert expected in message and "list.json" in message
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ({"datalist": "/nowhere/list.json"}, "/nowhere/list.json can't be read"),
+        ({"patch_size": "[48,48,48]"}, "--patch_size [48, 48, 48] does not fit the network"),
+        ({"patch_size": "[32,32,32]"}, "--patch_size [32, 32, 32] does not fit the network"),
+        ({"learning_rat": 0.1}, "Nothing uses the id `learning_rat`; did you mean `learning_rate`?"),
+        ({"network_def__feature_sise": 24}, "unexpected keyword argument 'feature_sise'"),
+        ({"optimizer__learning_rate": 24}, "`optimizer#learning_rate` is no argument of torch.optim.AdamW"),
+        ({"disruptions": '["nosie"]'}, "list of names from"),
+    ],
+    ids=str,
+)
+def test_bad_overrides(override, expected, tmp_path, small_list):
+    arguments = {"datalist": small_list, "output_dir": tmp_path, "ckpt_dir": tmp_path, **override}
+    assert expected in spoken(monai_bundle("train", **arguments))
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "another size"])
+@pytest.mark.parametrize("configs", [("train", "evaluate"), ("inference",)], ids=" and ".join)
+def test_bad_checkpoints(kind, configs, tmp_path, small_list, phantoms):
+    path = tmp_path / "model.pt"
+    if kind != "missing":
+        torch.save(DisruptiveAutoencoder(feature_size=24).state_dict(), path)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:100_000])
+    scan = {"dataset_dir": phantoms / "ct" / "images"} if configs == ("inference",) else {"datalist": small_list}
+    message = spoken(monai_bundle(*configs, ckpt_dir=tmp_path, output_dir=tmp_path, **scan))
+    assert str(path) in message and ("no checkpoint" if kind == "missing" else "can't be loaded") in message
+
+
+def test_resuming_with_other_settings(tmp_path, small_list):
+    arguments = {"datalist": small_list, "output_dir": tmp_path, "ckpt_dir": tmp_path, "max_epochs": 1}
+    assert monai_bundle("train", **arguments).returncode == 0
+    before = (tmp_path / "checkpoint_epoch=1.pt").read_bytes()
+    done = monai_bundle("train", **{**arguments, "network_def__feature_size": 24})
+    assert "checkpoint_epoch=1.pt can't be loaded" in spoken(done)
+    assert (tmp_path / "checkpoint_epoch=1.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_nan_names_the_cases_and_leaves_the_checkpoint(tmp_path, small_list):
+    arguments = {"datalist": small_list, "output_dir": tmp_path, "ckpt_dir": tmp_path}
+    # An epoch is one iteration: the first at learning rate 0, the second ruins the weights, the third notices.
+    message = spoken(monai_bundle("train", **arguments, max_epochs=3, learning_rate=1e38, warmup_iterations=2))
+    assert "The loss is" in message and "iteration 3" in message
+    assert "ct_000.nii.gz" in message and "ct_001.nii.gz" in message
+    weights = torch.load(tmp_path / "checkpoint_epoch=1.pt", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_inference_without_scans(tmp_path):
+    assert "no .nii" in spoken(monai_bundle("inference", dataset_dir=tmp_path, output_dir=tmp_path, ckpt_dir=tmp_path))
+    missing = tmp_path / "scan.nii.gz"
+    assert str(missing) in spoken(
+        monai_bundle("inference", dataset_dir=missing, output_dir=tmp_path, ckpt_dir=tmp_path)
+    )
+
+
+def test_a_volume_smaller_than_the_patch_is_padded_and_said(tmp_path, caplog):
+    scan = write(tmp_path / "small.nii.gz", noise(40, 50, 20))
+    loaded = LoadScand("image", patch_size=(64, 32, 32))({"image": scan})["image"]
+    assert loaded.shape == (1, 40, 50, 20)
+    assert "small.nii.gz is 40x50x20 voxels, smaller than the patch 64x32x32, and is padded" in caplog.text
+    training = [{"image": scan, "modality": "t1"}]
+    done = monai_bundle(
+        "train", datalist=data_list(tmp_path, training), max_epochs=1, output_dir=tmp_path, ckpt_dir=tmp_path
+    )
+    assert done.returncode == 0 and "is padded" in done.stdout
+
+
+def test_the_sentence_survives_wrapping():
+    try:
+        try:
+            raise BadInput("the file\n is bad")
+        except BadInput as error:
+            raise RuntimeError("applying transform") from error
+    except RuntimeError as error:
+        assert sentence(error) == "the file is bad"
+    assert sentence(ValueError("another error")) is None

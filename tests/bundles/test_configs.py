@@ -1,0 +1,131 @@
+"""Every config of every bundle, found by glob: a new bundle is covered without touching a test."""
+
+import json
+
+import pytest
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.utils import BundleProperty, BundlePropertyConfig
+
+from custom.workflow import check_ids, declared_ids, unused_ids
+from tests.conftest import BUNDLES, PRETRAINING, ROOT
+
+OVERLAYS = {"evaluate": "train", "multi_gpu_train": "train"}
+# What monai.bundle or its consumers read by name.
+ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "val_interval", "_meta_"}
+CONFIGS = [
+    pytest.param(config, id=f"{bundle.name}-{config.stem}")
+    for bundle in BUNDLES
+    for config in sorted((bundle / "configs").glob("*.json"))
+    if config.stem != "metadata"
+]
+
+
+def files(config) -> list[str]:
+    """A config, after the one that it is an overlay on."""
+    base = OVERLAYS.get(config.stem)
+    return [str(config.with_stem(base)), str(config)] if base else [str(config)]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_a_bundle_is_complete(bundle):
+    for name in ("LICENSE", "docs/README.md", "configs/logging.conf", "configs/metadata.json", "custom/__init__.py"):
+        assert (bundle / name).is_file(), name
+    for name in ("train", "evaluate", "inference", "multi_gpu_train"):
+        assert (bundle / "configs" / f"{name}.json").is_file(), name
+    assert (bundle / "custom").resolve() == ROOT / "custom"
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_no_id_is_orphaned(config):
+    parser = ConfigParser()
+    parser.read_config(files(config))
+    assert unused_ids(parser.get()) <= ENTRY_POINTS
+    check_ids(parser.get(), declared=ENTRY_POINTS)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_train_and_inference_agree_where_they_share_ids(bundle):
+    train, inference = (ConfigParser.load_config_file(bundle / f"configs/{n}.json") for n in ("train", "inference"))
+    own = {"imports", "initialize", "run", "dataset_dir"}
+    differing = {name for name in (train.keys() & inference.keys()) - own if train[name] != inference[name]}
+    assert not differing
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize("kind", ["train", "inference"])
+def test_workflow_properties_are_there(bundle, kind):
+    config = bundle / "configs" / f"{kind}.json"
+    workflow = ConfigWorkflow(config_file=str(config), workflow_type=kind, logging_file=False)
+    required = [p[BundlePropertyConfig.ID] for p in workflow.properties.values() if p[BundleProperty.REQUIRED]]
+    assert required and not [id for id in required if id not in workflow.parser]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_every_id_that_a_user_may_set_is_documented(bundle):
+    documentation = (bundle / "docs" / "README.md").read_text()
+    components = {
+        key
+        for config in (bundle / "configs").glob("*.json")
+        for key, value in ConfigParser.load_config_file(config).items()
+        if isinstance(value, dict | list) and "_target_" in str(value)
+    }
+    internal = components | {"imports", "initialize", "finalize", "run", "network", "rank"}
+    ids = declared_ids(bundle / "configs") - set(json.loads((bundle / "configs/metadata.json").read_text())) - internal
+    missing = {name for name in ids | {"modalities"} & components if f"`{name}`" not in documentation}
+    assert not missing
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_metadata_says_what_a_bundle_must(bundle):
+    """The keys that MONAI's bundle specification requires, and the version of the change log."""
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    required = {
+        "version", "changelog", "monai_version", "pytorch_version", "numpy_version", "required_packages_version",
+        "task", "description", "authors", "copyright", "network_data_format", "name", "intended_use", "references",
+    }  # fmt: skip
+    assert required <= metadata.keys()
+    assert metadata["version"] == next(iter(metadata["changelog"]))
+    image, pred = metadata["network_data_format"]["inputs"]["image"], metadata["network_data_format"]["outputs"]["pred"]
+    for tensor in (image, pred):
+        assert {
+            "type",
+            "format",
+            "num_channels",
+            "spatial_shape",
+            "dtype",
+            "value_range",
+            "is_patch_data",
+        } <= tensor.keys()
+        assert len(tensor["channel_def"]) == (tensor["num_channels"] if tensor is image else len(pred["channel_def"]))
+
+
+PAPER = {
+    "noise_variance": 0.1,
+    "downsample_factor": 4,
+    "downsample_mode": "trilinear",
+    "local_mask_ratio": 0.6,
+    "local_mask_fill": "zeros",
+    "token_mask_ratio": 0.6,
+    "token_size": 16,
+    "full_resolution_skip": True,
+    "contrastive_weight": 0.05,
+    "temperature": 0.07,
+    "learning_rate": 4e-4,
+    "weight_decay": 1e-5,
+    "warmup_iterations": 500,
+    "max_iterations": 20000,
+    "batch_size": 2,
+    "patch_size": [96, 96, 96],
+    "feature_size": 48,
+    "disruptions": ["noise", "downsampling", "local_masking"],
+}
+
+
+def test_pretraining_has_the_values_of_the_paper():
+    """Valanarasu et al., MIDL 2024, section 4 (implementation details); token masking is its MAE baseline."""
+    train = ConfigParser.load_config_file(PRETRAINING / "configs" / "train.json")
+    assert {name: train[name] for name in PAPER} == PAPER
+    assert list(train["modalities"]) == ["ct", "t1", "t1ce", "t2", "flair"]
+    assert train["modalities"]["ct"] == {
+        "_target_": "ScaleIntensityRange", "a_min": -1000, "a_max": 1000, "b_min": 0, "b_max": 1, "clip": True
+    }  # fmt: skip

@@ -1,0 +1,192 @@
+"""The pre-training bundle, run as its documentation says."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from custom.network import DisruptiveAutoencoder
+from tests.conftest import PRETRAINING, SMALL, metrics, monai_bundle, overrides
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def folders(path) -> dict:
+    return {"output_dir": path, "ckpt_dir": path / "models"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, phantom_list):
+    """Two epochs on phantoms of all five modalities."""
+    run = tmp_path_factory.mktemp("run")
+    done = monai_bundle("train", datalist=phantom_list, max_epochs=2, **folders(run))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_training_leaves_weights_metrics_and_pictures(trained):
+    lines = metrics(trained)
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert {"learning_rate", "val_l1", "val_l1_disrupted_input", "val_l1_mean"} <= lines[0].keys()
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["reconstruction"] + 0.05 * line["contrastive"], rel=1e-4)
+    weights = torch.load(trained / "models" / "model.pt", weights_only=True)
+    DisruptiveAutoencoder(feature_size=12).load_state_dict(weights)
+    assert list(trained.glob("pictures/*.png"))
+
+
+def test_validation_disrupts_in_the_same_way_in_every_epoch(trained):
+    first, second = metrics(trained)
+    for trivial in ("val_l1_disrupted_input", "val_l1_mean"):
+        assert first[trivial] == second[trivial]
+    assert first["val_l1"] != second["val_l1"]
+
+
+def test_tensorboard_has_scalars_of_every_iteration_and_pictures(trained):
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    scalars = events.Tags()["scalars"]
+    steps = metrics(trained)[-1]["iteration"]
+    for name in ("loss", "reconstruction", "contrastive", "learning_rate"):
+        tag = next(tag for tag in scalars if tag.startswith("train") and tag.endswith(name))
+        assert len(events.Scalars(tag)) == steps
+    assert any("val_l1" in tag for tag in scalars)
+    assert any(tag.startswith("restoration/") for tag in events.Tags()["images"])
+
+
+def test_learning_rate_warms_up_and_decays_by_iteration(trained):
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    tag = next(tag for tag in events.Tags()["scalars"] if tag.endswith("learning_rate"))
+    # Warm-up over 500 iterations: iteration n is trained at (n - 1) / 500 and logged after the step of the schedule.
+    for event in events.Scalars(tag):
+        assert event.value == pytest.approx(4e-4 * min(event.step, 500) / 500, rel=0.01) or event.step == 0
+
+
+def test_evaluation_reports_each_case(trained, phantom_list):
+    done = monai_bundle("train", "evaluate", datalist=phantom_list, **folders(trained))
+    assert done.returncode == 0, done.stderr
+    rows = (trained / "evaluation" / "val_l1_raw.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(json.loads(phantom_list.read_text())["validation"])
+    assert len(list((trained / "evaluation").glob("*.png"))) == min(4, len(rows) - 1)
+
+
+def test_inference_restores_a_volume_in_its_own_geometry(trained, phantoms, tmp_path):
+    scan = phantoms / "ct" / "images" / "ct_001.nii.gz"  # its first axis runs to the left
+    checkpoint = trained / "models" / "model.pt"
+    done = monai_bundle("inference", dataset_dir=scan, modality="ct", checkpoint=checkpoint, output_dir=tmp_path)
+    assert done.returncode == 0, done.stderr
+    source, restored = nibabel.load(scan), nibabel.load(tmp_path / "ct_001_restored.nii.gz")
+    assert restored.shape == source.shape and np.allclose(restored.affine, source.affine)
+    assert (tmp_path / "ct_001.png").stat().st_size > 10_000
+
+
+def test_a_bundle_runs_from_any_folder_without_the_repository(trained, small_list, tmp_path):
+    """A copy with its own `custom`, started from elsewhere by absolute paths."""
+    bundle = tmp_path / "elsewhere" / "bundle"
+    shutil.copytree(PRETRAINING, bundle, symlinks=False, ignore=shutil.ignore_patterns("eval", "*.pt"))
+    done = monai_bundle("train", bundle=bundle, cwd=tmp_path, datalist=small_list, max_epochs=1)
+    assert done.returncode == 0, done.stderr
+    assert (bundle / "models" / "model.pt").is_file() and (bundle / "eval" / "metrics.jsonl").is_file()
+
+
+def test_a_bundle_runs_from_its_own_folder_by_relative_paths(small_list, tmp_path):
+    """As MONAI's documentation writes it: inside the bundle, with no bundle_root."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(PRETRAINING, bundle, symlinks=False, ignore=shutil.ignore_patterns("eval", "*.pt"))
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train.json"]
+    command += overrides(datalist=small_list, max_epochs=1, **SMALL)
+    done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert (bundle / "models" / "model.pt").is_file()
+
+
+def test_seeded_runs_are_identical(small_list, tmp_path):
+    weights, lines = [], []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run = tmp_path / name
+        assert monai_bundle("train", datalist=small_list, max_epochs=1, seed=seed, **folders(run)).returncode == 0
+        weights.append(torch.load(run / "models" / "model.pt", weights_only=True))
+        lines.append(metrics(run))
+    assert lines[0] == lines[1] != lines[2]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["one process", "torchrun"])
+def test_a_killed_run_goes_on_from_its_last_checkpoint_and_says_so(launcher, small_list, tmp_path):
+    configs = ["train"] if len(launcher) == 1 else ["train", "multi_gpu_train"]
+    arguments = {"datalist": small_list, "crops_per_volume": 4, "batch_size": 1, **folders(tmp_path)}
+    files = [str(PRETRAINING / "configs" / f"{name}.json") for name in configs]
+    command = [*launcher, "-m", "monai.bundle", "run", "--config_file", str(files)]
+    command += overrides(bundle_root=PRETRAINING, max_epochs=50, **SMALL, **arguments)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "checkpoint_epoch=2.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)  # into the next epoch
+        os.killpg(run.pid, signal.SIGKILL)
+    last = max(int(path.stem.split("=")[1]) for path in tmp_path.glob("checkpoint_epoch=*.pt"))
+    done = monai_bundle(*configs, launcher=launcher, max_epochs=last + 1, **arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"Resuming from {tmp_path}/checkpoint_epoch={last}.pt" in done.stdout
+    assert [line["epoch"] for line in metrics(tmp_path)] == list(range(1, last + 2))
+    # Nothing is left to train now, and the command says so.
+    done = monai_bundle(*configs, launcher=launcher, max_epochs=last + 1, **arguments)
+    assert "Nothing is left to train" in done.stdout
+
+
+def test_two_processes_train_and_write_once(small_list, tmp_path):
+    done = monai_bundle(
+        "train",
+        "multi_gpu_train",
+        launcher=TORCHRUN,
+        datalist=small_list,
+        max_epochs=1,
+        batch_size=1,
+        **folders(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = metrics(tmp_path)
+    assert line["iteration"] == 1  # two samples over two processes
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    DisruptiveAutoencoder(feature_size=12).load_state_dict(weights)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"disruptions": '["noise"]'},
+        {"disruptions": '["downsampling"]'},
+        {"disruptions": '["local_masking"]'},
+        {"disruptions": '["token_masking"]'},
+        {"full_resolution_skip": False},
+        {"contrastive_weight": 0},
+        {"pixdim_mm": "[4,4,4]"},
+    ],
+    ids=str,
+)
+def test_each_comparison_is_one_override(variant, small_list, tmp_path):
+    done = monai_bundle("train", datalist=small_list, max_epochs=1, **variant, **folders(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (line,) = metrics(tmp_path)
+    image_disrupted = variant.get("disruptions") != '["local_masking"]'
+    assert (line["val_l1_disrupted_input"] > 0) is image_disrupted
+    assert (line["contrastive"] > 0) is ("contrastive_weight" not in variant)
+
+
+def test_a_further_modality_is_one_entry(phantom_list, tmp_path):
+    scan = str(phantom_list.parent / "brain" / "images" / "brain_000_t1.nii.gz")
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({name: [{"image": scan, "modality": "pd"}] for name in ("training", "validation")}))
+    further = {"modalities__pd": '{"_target_": "NormalizeIntensity", "nonzero": true}'}
+    done = monai_bundle("train", datalist=path, max_epochs=1, **further, **folders(tmp_path))
+    assert done.returncode == 0, done.stderr
