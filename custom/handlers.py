@@ -41,11 +41,10 @@ class On:
     Args:
         event: name of an `ignite.engine.Events`, such as "EPOCH_COMPLETED".
         handler: called with the engine.
-        every: at each so many of these events.
     """
 
-    def __init__(self, event: str, handler: Callable[[Engine], Any], every: int = 1) -> None:
-        self.event = Events[event](every=every)
+    def __init__(self, event: str, handler: Callable[[Engine], Any]) -> None:
+        self.event = Events[event]
         self.handler = handler
 
     def attach(self, engine: Engine) -> None:
@@ -55,7 +54,7 @@ class On:
 class Progress(ProgressBar):
     """Ignite's progress bar, with the loss when there is one."""
 
-    def attach(self, engine: Engine) -> None:  # noqa: D102
+    def attach(self, engine: Engine) -> None:
         def loss(output: Any) -> dict[str, float]:
             return {"loss": output["loss"].item()} if isinstance(output, Mapping) and "loss" in output else {}
 

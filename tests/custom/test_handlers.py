@@ -22,11 +22,11 @@ def test_prepare_batch_numbers_modalities_by_name():
     assert (args, kwargs) == ((), {"return_embedding": True})
 
 
-def test_on_calls_at_every_nth_event():
+def test_on_calls_at_its_event():
     seen, run = [], engine()
-    On("ITERATION_COMPLETED", lambda engine: seen.append(engine.state.iteration), every=2).attach(run)
-    run.run([0] * 5, max_epochs=1)
-    assert seen == [2, 4]
+    On("EPOCH_COMPLETED", lambda engine: seen.append(engine.state.iteration)).attach(run)
+    run.run([0] * 5, max_epochs=2)
+    assert seen == [5, 10]
 
 
 def train(folder, epochs: int, fail_at: int | None = None, resume: bool = True) -> tuple[torch.nn.Module, list]:
