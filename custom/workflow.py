@@ -54,9 +54,15 @@ def keep_freed_memory() -> None:
 
 
 def declared_ids(folder: Path) -> set[str]:
-    """Return the top-level ids of all configs in a folder."""
-    ids = (key for file in folder.glob("*.json") for key in ConfigParser.load_config_file(file))
-    return {ReferenceResolver.split_id(key.lstrip("+"))[0] for key in ids}
+    """Return the ids of all configs in a folder, such as "train" and "train#dataset"."""
+    declared = set()
+    for file in set(folder.glob("*.json")) - {folder / "metadata.json"}:
+        for key, value in ConfigParser.load_config_file(file).items():
+            parts = ReferenceResolver.split_id(key.lstrip("+"))
+            declared |= {parts[0], "#".join(parts[:2])}
+            if isinstance(value, dict):
+                declared |= {f"{key}#{child}" for child in value}
+    return declared
 
 
 def _walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,36 +73,46 @@ def _walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unused_ids(config: dict[str, Any]) -> set[str]:
-    """Return the top-level ids that nothing else in a config refers to."""
-    used = set()
-    for _, value in _walk(config):
-        if isinstance(value, str):
-            used |= {ReferenceResolver.split_id(i)[0] for i in ReferenceResolver.match_refs_pattern(value)}
-    return config.keys() - used
+    """Return the ids that nothing in a config refers to: those of the top level, and those in a group of it.
+
+    A group is a dictionary that nothing refers to as a whole, such as `train`.
+    """
+    strings = (value for _, value in _walk(config) if isinstance(value, str))
+    referred = [
+        ReferenceResolver.split_id(id) for string in strings for id in ReferenceResolver.match_refs_pattern(string)
+    ]
+    unused = config.keys() - {parts[0] for parts in referred}
+    for name, value in config.items():
+        if isinstance(value, dict) and "_target_" not in value and [name] not in referred:
+            unused |= {f"{name}#{key}" for key in value.keys() - {parts[1] for parts in referred if parts[0] == name}}
+    return unused
 
 
 def check_ids(config: dict[str, Any], declared: set[str]) -> None:
     """Raise `BadInput` for a misspelt id, which `monai.bundle` adds to a config in silence.
 
-    A top-level id is wrong when no config file declares it and nothing refers to it, a nested one when it is no
-    argument of its component.
+    An id is wrong when no config file declares it and nothing refers to it, or when it is no argument of its component.
 
     Args:
         config: the content of all config files with the overrides of the command line.
-        declared: top-level ids of the config files.
+        declared: ids of the config files.
     """
-    for name in sorted(unused_ids(config) - declared - {"_meta_"}):
+    config = {name: value for name, value in config.items() if name != "_meta_"}
+    for name in sorted(unused_ids(config) - declared):
         raise BadInput(f"Nothing uses the id `{name}`{_close(name, declared)}")
     locator = ConfigParser().locator
-    for path, value in _walk({name: value for name, value in config.items() if name != "_meta_"}):
-        if isinstance(value, dict) and isinstance(value.get("_target_"), str):
-            target = value["_target_"]
+    for path, value in _walk(config):
+        target = value.get("_target_") if isinstance(value, dict) else None
+        if isinstance(target, str) and not target.startswith(("$", "@")):
             component = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
             if component is None:
                 raise BadInput(f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?")
-            parameters = inspect.signature(component).parameters
-            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            try:
+                parameters = inspect.signature(component).parameters
+            except ValueError:  # written in C
                 continue
+            if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                continue  # a wrong argument is noticed when the component is made
             for name in value.keys() - parameters.keys():
                 if not (name.startswith("_") and name.endswith("_")):
                     raise BadInput(f"`{path}#{name}` is no argument of {target}{_close(name, parameters)}")
@@ -110,8 +126,9 @@ def _close(name: str, names) -> str:
 def check_patch_size(patch_size: Sequence[int]) -> None:
     """Raise `BadInput` for a patch that a Swin UNETR can't take."""
     # One voxel at the bottleneck has no variance, so that instance norm refuses 32x32x32.
-    if len(patch_size) != 3 or any(size < 32 or size % 32 for size in patch_size) or list(patch_size) == [32] * 3:
+    sides = patch_size if isinstance(patch_size, list | tuple) else []
+    if len(sides) != 3 or any(size < 32 or size % 32 for size in sides) or list(sides) == [32] * 3:
         raise BadInput(
-            f"--patch_size {list(patch_size)} does not fit the network, which halves a patch five times: give three "
+            f"--patch_size {patch_size} does not fit the network, which halves a patch five times: give three "
             f"multiples of 32 that are not all 32, such as [96, 96, 96]."
         )

@@ -4,4 +4,5 @@ set -euo pipefail
 . "$(dirname "$0")/environment.sh" "[test]"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Two workers of one thread each: most of the time goes into processes that are started one after the other.
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"

@@ -99,6 +99,7 @@ def test_bad_data_lists(training, expected, tmp_path):
         ({"patch_size": "[48,48,48]"}, "--patch_size [48, 48, 48] does not fit the network"),
         ({"patch_size": "[32,32,32]"}, "--patch_size [32, 32, 32] does not fit the network"),
         ({"learning_rat": 0.1}, "Nothing uses the id `learning_rat`; did you mean `learning_rate`?"),
+        ({"train__bacth_size": 1}, "Nothing uses the id `train#bacth_size`"),
         ({"network_def__feature_sise": 24}, "unexpected keyword argument 'feature_sise'"),
         ({"optimizer__learning_rate": 24}, "`optimizer#learning_rate` is no argument of torch.optim.AdamW"),
         ({"disruptions": '["nosie"]'}, "list of names from"),

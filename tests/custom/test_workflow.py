@@ -14,6 +14,9 @@ CONFIG = {
 def test_an_id_is_used_if_any_other_refers_to_it():
     assert unused_ids(CONFIG) == {"run"}
     assert unused_ids({**CONFIG, "widht": 4}) == {"run", "widht"}
+    group = {"train": {"epochs": 1, "epoch": 2}, "every": "$@train#epochs", "run": "@every"}
+    assert unused_ids(group) == {"run", "train#epoch"}
+    assert unused_ids({**group, "run": "$@every + len(@train)"}) == {"run"}
 
 
 def test_declared_ids_need_no_use():
@@ -40,7 +43,7 @@ def test_patches_that_fit(size):
     check_patch_size(size)
 
 
-@pytest.mark.parametrize("size", [[32, 32, 32], [96, 96], [100, 96, 96], [0, 64, 64], [-32, 64, 64]])
+@pytest.mark.parametrize("size", [[32, 32, 32], [96, 96], [100, 96, 96], [0, 64, 64], [-32, 64, 64], 64, "[64,64,64"])
 def test_patches_that_do_not_fit(size):
     with pytest.raises(BadInput, match="multiples of 32"):
         check_patch_size(size)
