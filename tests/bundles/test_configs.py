@@ -6,7 +6,7 @@ import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from monai.utils import BundleProperty, BundlePropertyConfig
 
-from custom.workflow import check_ids, declared_ids, unused_ids
+from custom.workflow import check_ids, unused_ids
 from tests.conftest import BUNDLES, PRETRAINING, ROOT
 
 OVERLAYS = {"evaluate": "train", "multi_gpu_train": "train"}
@@ -69,7 +69,7 @@ def test_every_id_that_a_user_may_set_is_documented(bundle):
     # A value or an expression is for users; a component is for those who read the config.
     ids = {name for content in contents for name, value in content.items() if not isinstance(value, dict | list)}
     ids |= {"modalities", "disruptions", "patch_size"} & set().union(*contents)
-    missing = {name for name in ids - {"network", "rank"} if f"`{name}`" not in documentation}
+    missing = {name for name in ids - {"network", "rank"} if f"`{name}`" not in documentation and "#" not in name}
     assert not missing
 
 
