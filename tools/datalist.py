@@ -39,7 +39,10 @@ from tqdm import tqdm
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
 SUFFIXES = (".nii", ".nii.gz")
-NEXT_COMMAND = "python -m monai.bundle run --config_file bundles/dae_pretraining/configs/train.json --datalist {}"
+BUNDLE = "bundles/dae_pretraining"
+NEXT_COMMAND = (
+    f"python -m monai.bundle run --config_file {BUNDLE}/configs/train.json --bundle_root {BUNDLE} --datalist {{}}"
+)
 SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
 DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
 CONTRAST_NAMES = (*MODALITIES, "t1c", "t1gd", "t1n", "t1w", "t2f", "t2w")

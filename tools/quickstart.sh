@@ -20,7 +20,7 @@ run() {
         --feature_size 12 --patch_size "[64,64,64]" --num_workers 0 "${@:2}"
 }
 run $bundle/configs/train.json \
-    --max_iterations 120 --warmup_iterations 10 --learning_rate 0.002 --crops_per_volume 1 --val_interval 2 "$@"
+    --max_iterations 120 --warmup_iterations 10 --learning_rate 0.004 --crops_per_volume 1 --val_interval 2 "$@"
 run "['$bundle/configs/train.json','$bundle/configs/evaluate.json']" "$@"
 
 cat <<END

@@ -516,6 +516,7 @@ def test_report(tmp_path, capsys):
     assert "1 files lie in folders named like labels" in printed
     assert printed.endswith(
         "python -m monai.bundle run --config_file bundles/dae_pretraining/configs/train.json "
+        "--bundle_root bundles/dae_pretraining "
         f"--datalist {tmp_path}/out.json\n"
     )
     rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
