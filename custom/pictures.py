@@ -77,7 +77,7 @@ class RestorationPictures:
             self.drawn += 1
             pixdim_mm = tuple(float(size) for size in getattr(output["label"], "pixdim", (1, 1, 1)))
             volumes = {name: output[key][0] for name, key in COLUMNS.items()}
-            figure = draw(volumes, f"{item['case']} ({item['modality']})", pixdim_mm)
+            figure = draw(volumes, f"{Path(item['case']).name} ({item['modality']})", pixdim_mm)
             if self.output_dir is not None:
                 name = item["case"].removesuffix(".gz").removesuffix(".nii").strip("/").replace("/", "_")
                 Path(self.output_dir).mkdir(parents=True, exist_ok=True)
