@@ -17,7 +17,7 @@ fi
 run() {
     python -W ignore -m monai.bundle run --config_file "$1" --bundle_root $bundle --datalist $data/datalist.json \
         --output_dir quickstart/run --ckpt_dir quickstart/run/models \
-        --feature_size 12 --patch_size "[64,64,64]" --num_workers 0 "${@:2}"
+        --feature_size 12 --patch_size "[64,64,64]" --num_workers 0 --val_pictures 6 "${@:2}"
 }
 run $bundle/configs/train.json \
     --max_iterations 120 --warmup_iterations 10 --learning_rate 0.004 --crops_per_volume 1 --val_interval 2 "$@"
