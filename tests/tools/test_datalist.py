@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -578,6 +579,8 @@ def test_ctrl_c(tmp_path):
     )
     command = [sys.executable, "-c", patient, str(tmp_path / "out.json"), f"ct={tmp_path}/f", "--workers", "2"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    # A shell starts what runs in its background with SIGINT ignored; a terminal does not.
+    pipes["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.4)
