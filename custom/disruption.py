@@ -6,8 +6,9 @@ from collections.abc import Hashable, Mapping, Sequence
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
 from monai.transforms import MapTransform, RandGaussianNoise, Randomizable, RandSimulateLowResolution, Transform
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_dst_type, convert_to_tensor
 
 from custom.errors import BadInput
 
@@ -84,6 +85,7 @@ class Disrupt(Randomizable, Transform):
             downsample_mode=downsample_mode,
             upsample_mode=downsample_mode,
             zoom_range=(1 / downsample_factor, 1 / downsample_factor),
+            align_corners=None if downsample_mode == "nearest" else False,
         )
         self.token_mask_ratio = token_mask_ratio
         self.token_size = token_size
@@ -108,8 +110,8 @@ class Disrupt(Randomizable, Transform):
             chosen = self.R.permutation(count) < round(self.token_mask_ratio * count)
             self.masked_tokens = chosen.reshape(grid)
 
-    def __call__(self, image: NdarrayOrTensor, randomize: bool = True) -> torch.Tensor:
-        disrupted = convert_to_tensor(image, dtype=torch.float32, track_meta=True)
+    def __call__(self, image: NdarrayOrTensor, randomize: bool = True) -> NdarrayOrTensor:
+        disrupted = convert_to_tensor(image, dtype=torch.float32)
         if randomize:
             self.randomize(disrupted)
         if "noise" in self.disruptions:
@@ -118,7 +120,10 @@ class Disrupt(Randomizable, Transform):
             disrupted = self.low_resolution(disrupted, randomize=False)
         if "token_masking" in self.disruptions:
             disrupted = mask_cubes(disrupted, self.masked_tokens, self.token_size)
-        return disrupted if hasattr(image, "meta") else torch.as_tensor(disrupted.as_tensor())
+        disrupted = convert_to_dst_type(disrupted, image, dtype=torch.float32)[0]
+        if isinstance(disrupted, MetaTensor):
+            disrupted.copy_meta_from(image)  # MONAI 1.5's low resolution drops it
+        return disrupted
 
 
 class Disruptd(Randomizable, MapTransform):
