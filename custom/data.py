@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import LoadImaged, MapTransform
@@ -18,27 +19,44 @@ logger = logging.getLogger(__name__)
 
 
 def read_datalist(
-    datalist: str | Path, section: str, dataset_dir: str | Path, modalities: Sequence[str], repeat: int = 1
+    datalist: str | Path,
+    section: str,
+    dataset_dir: str | Path,
+    modalities: Sequence[str] | None = None,
+    labelled: bool = False,
+    fold: int | None = None,
+    fraction: float = 1,
+    seed: int = 0,
+    repeat: int = 1,
 ) -> list[dict]:
-    """Read one section of a Decathlon data list whose entries carry a `modality`.
+    """Read one section of a Decathlon data list.
 
     MONAI's `load_decathlon_datalist` turns any value that happens to be the name of an existing path into that path, a
-    modality "ct" beside a folder `ct` for one; here only `image` is a path.
+    modality "ct" beside a folder `ct` for one; here only images and labels are paths.
 
     Args:
-        datalist: JSON file, `{"training": [{"image": path, "modality": name}, ...], "validation": [...]}`.
+        datalist: JSON file, `{"training": [{"image": path}, ...], "validation": [...]}`, each entry with "modality",
+            "label" or "fold" where those are asked for. An image of several channels is a list of paths.
         section: "training" or "validation".
-        dataset_dir: folder that relative image paths start from.
-        modalities: the known names.
+        dataset_dir: folder that relative paths start from.
+        modalities: the known names; None asks for no modality.
+        labelled: whether each entry needs a "label".
+        fold: None takes the list's own sections. A number takes all entries that have a "fold" instead: those of this
+            fold to validate, the others to train.
+        fraction: share of the entries to take, in (0, 1]; chosen at random, a smaller share out of a larger one.
+        seed: of that choice.
         repeat: how often each entry comes in the list returned, so that an epoch takes as many crops of each scan.
 
     Returns:
-        A list of {"image": absolute path, "modality": name, "case": path as written in the list}.
+        A list of {"image": absolute path or paths, "case": path as written in the list}, and "modality" and "label" as
+        asked for.
 
     Raises:
-        BadInput: for a list that is missing, unreadable or empty; an entry without image or modality, with an unknown
-            modality, or whose file does not exist.
+        BadInput: for a list that is missing, unreadable or empty; an entry that lacks what is asked for, with an
+            unknown modality, or whose file does not exist; a fold that the list does not have; a fraction out of range.
     """
+    if not 0 < fraction <= 1:
+        raise BadInput(f"--label_fraction is a share above 0 and up to 1, got {fraction}.")
     try:
         content = json.loads(Path(datalist).read_text())
         entries = content.get(section, [])
@@ -49,39 +67,56 @@ def read_datalist(
         ) from error
     except (ValueError, AttributeError) as error:
         raise BadInput(f"The data list {datalist} is not a JSON object: {error}.") from error
+    needed = ["image"] + ["modality"] * (modalities is not None) + ["label"] * labelled
+    if fold is not None:
+        entries = [e for name in ("training", "validation") for e in content.get(name, []) if "fold" in e]
+        folds = sorted({entry["fold"] for entry in entries})
+        if fold not in folds:
+            raise BadInput(
+                f"The data list {datalist} has the folds {folds}, not {fold}; give --fold one of them, or null for the "
+                f'list\'s own "training" and "validation" (`python -m tools.datalist --folds 5` makes folds).'
+            )
+        entries = [entry for entry in entries if (entry["fold"] == fold) is (section == "validation")]
     if not entries:
         raise BadInput(
             f'The data list {datalist} has no entries under "{section}"; it needs at least one '
             f"(`python -m tools.datalist` splits scans into training and validation)."
         )
-    items = []
+    items, missing = [], []
     for number, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not {"image", "modality"} <= entry.keys():
-            raise BadInput(f'{datalist}: entry {number} of "{section}" needs "image" and "modality", found {entry}.')
-        check_modality(entry["modality"], modalities, f"{datalist}: {entry['image']}")
-        items.append(
-            {
-                "image": os.path.join(os.path.abspath(dataset_dir), entry["image"]),
-                "modality": entry["modality"],
-                "case": entry["image"],
-            }
-        )
-    missing = [item["image"] for item in items if not os.path.isfile(item["image"])]
+        if not isinstance(entry, dict) or not entry.keys() >= set(needed):
+            raise BadInput(
+                f'{datalist}: entry {number} of "{section}" needs {" and ".join(map(json.dumps, needed))}, found {entry}.'
+            )
+        item = {name: entry[name] for name in needed}
+        if modalities is not None:
+            check_modality(entry["modality"], modalities, f"{datalist}: {entry['image']}")
+        item["case"] = entry["image"] if isinstance(entry["image"], str) else entry["image"][0]
+        for name in {"image", "label"} & item.keys():
+            paths = [item[name]] if isinstance(item[name], str) else item[name]
+            paths = [os.path.join(os.path.abspath(dataset_dir), path) for path in paths]
+            missing += [path for path in paths if not os.path.isfile(path)]
+            item[name] = paths[0] if isinstance(item[name], str) else paths
+        items.append(item)
     if missing:
         raise BadInput(
-            f"{missing[0]} of the data list {datalist} does not exist ({len(missing)} of {len(items)} are missing); "
+            f"{missing[0]} of the data list {datalist} does not exist ({len(missing)} are missing); "
             f"relative paths start from --dataset_dir, which is {os.path.abspath(dataset_dir)}."
         )
-    return items * repeat
+    chosen = np.random.RandomState(seed).permutation(len(items))[: max(1, round(fraction * len(items)))]
+    return [items[number] for number in sorted(chosen)] * repeat
 
 
-def find_scans(images: str | Sequence[str], modality: str, modalities: Sequence[str]) -> list[dict]:
+def find_scans(
+    images: str | Sequence, modality: str | None = None, modalities: Sequence[str] | None = None
+) -> list[dict]:
     """List scans for inference.
 
     Args:
-        images: a folder with .nii or .nii.gz files, one such file, or a list of files.
+        images: a folder with .nii or .nii.gz files, one such file, or a list of files; a scan of several channels is a
+            list of files in that list.
         modality: of all of them.
-        modalities: the known names.
+        modalities: the known names; None asks for no modality.
 
     Returns:
         As `read_datalist`.
@@ -89,16 +124,22 @@ def find_scans(images: str | Sequence[str], modality: str, modalities: Sequence[
     Raises:
         BadInput: when there is none, a file does not exist, or the modality is unknown.
     """
-    check_modality(modality, modalities, "--modality")
+    if modalities is not None:
+        check_modality(modality, modalities, "--modality")
     if isinstance(images, str):
         folder = images
         images = sorted(glob.glob(os.path.join(folder, "*.nii*"))) if os.path.isdir(folder) else [folder]
         if not images:
             raise BadInput(f"There is no .nii or .nii.gz file in the folder {folder}; name another with --dataset_dir.")
+    items = []
     for image in images:
-        if not os.path.isfile(image):
-            raise BadInput(f"The scan {image} does not exist; name a file or a folder with --dataset_dir.")
-    return [{"image": os.path.abspath(i), "modality": modality, "case": os.path.basename(i)} for i in images]
+        paths = [os.path.abspath(path) for path in ([image] if isinstance(image, str) else image)]
+        for path in paths:
+            if not os.path.isfile(path):
+                raise BadInput(f"The scan {path} does not exist; name a file or a folder with --dataset_dir.")
+        item = {"image": paths[0] if isinstance(image, str) else paths, "case": os.path.basename(paths[0])}
+        items.append(item if modalities is None else {**item, "modality": modality})
+    return items
 
 
 def check_modality(name: str, known: Sequence[str], where: str) -> None:
@@ -113,39 +154,37 @@ def check_modality(name: str, known: Sequence[str], where: str) -> None:
 
 
 class LoadScand(LoadImaged):
-    """MONAI's `LoadImaged`, channel first, which accepts only one finite, varying 3D volume and else says what to mend.
+    """MONAI's `LoadImaged`, channel first, which accepts only a finite, varying 3D volume and else says what to mend.
 
     Args:
-        keys: the images to load.
+        keys: the images to load; several channels are a list of files.
+        channels: that the scan has to have.
         patch_size: if given, a volume smaller than it is noted in the log (it will be padded).
 
     Shapes:
-        a path becomes a (1, D, H, W) float32 `MetaTensor`.
+        a path becomes a (channels, D, H, W) float32 `MetaTensor`.
 
     Raises:
-        BadInput: for a file that can't be read, is not 3D, holds NaN or infinity, or the same value everywhere.
+        BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
+            everywhere.
     """
 
-    def __init__(self, keys: KeysCollection, patch_size: Sequence[int] | None = None) -> None:
-        super().__init__(keys, ensure_channel_first=True, image_only=True)
+    def __init__(self, keys: KeysCollection, channels: int = 1, patch_size: Sequence[int] | None = None) -> None:
+        super().__init__(keys, ensure_channel_first=True, image_only=True, allow_missing_keys=True)
+        self.channels = channels
         self.patch_size = patch_size
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
         output = dict(data)
         for key in self.keys:
-            path = data[key]
-            try:
-                output[key] = image = super().__call__({key: path})[key]
-            except Exception as error:  # readers raise whatever the damage leads to
-                cause = error.__cause__ or error
-                raise BadInput(
-                    f"{path} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
-                    f"or take it out of the data list (`python -m tools.datalist` finds such files)."
-                ) from error
+            path = data[key] if isinstance(data[key], str) else " and ".join(map(str, data[key]))
+            output[key] = image = self.load(key, data[key], path)
             shape = "x".join(map(str, image.shape[1:]))
-            if image.shape[0] != 1 or image.ndim != 4:
+            if image.shape[0] != self.channels or image.ndim != 4:
+                expected = "3D volume" if self.channels == 1 else f"3D volume of {self.channels} channels"
                 raise BadInput(
-                    f"{path} is not a 3D volume but has {image.shape[0]} channels of {shape}; split it into 3D volumes."
+                    f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; split it into 3D "
+                    f"volumes, or give the segmentation bundles --in_channels."
                 )
             if not torch.isfinite(image).all():
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
@@ -157,6 +196,73 @@ class LoadScand(LoadImaged):
                     f"padded; a smaller --patch_size or --pixdim_mm avoids it."
                 )
         return output
+
+    def load(self, key: Hashable, file: str | Sequence[str], path: str) -> torch.Tensor:
+        """Load a file, or several as channels; `path` names them in an error."""
+        try:
+            return super().__call__({key: file})[key]
+        except Exception as error:  # readers raise whatever the damage leads to
+            cause = error.__cause__ or error
+            raise BadInput(
+                f"{path} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
+                f"or take it out of the data list (`python -m tools.datalist` finds such files)."
+            ) from error
+
+
+class LoadLabeld(LoadScand):
+    """Load the label map of a scan that is loaded already, and check that the two belong together.
+
+    Args:
+        keys: the label maps.
+        labels: names of the classes; their positions are the ids.
+        image_key: where the scan is.
+
+    Shapes:
+        a path becomes a (1, D, H, W) uint8 `MetaTensor`.
+
+    Raises:
+        BadInput: for a file that can't be read, has another shape or place in space than the scan, or holds anything
+            but ids of the classes.
+    """
+
+    def __init__(self, keys: KeysCollection, labels: Sequence[str], image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.labels = labels
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+        output = dict(data)
+        image = data[self.image_key]
+        for key in self.keys:
+            label = self.load(key, data[key], data[key])
+            of = f"its scan {image.meta['filename_or_obj']}"
+            if label.shape[1:] != image.shape[1:] or label.shape[0] != 1:
+                raise BadInput(
+                    f"{data[key]} has the shape {tuple(label.shape[1:])}, {of} has {tuple(image.shape[1:])}; resample the "
+                    f"label map to the scan, or correct the data list."
+                )
+            distance_mm = misalignment_mm(label.affine, image.affine, image.shape[1:])
+            if distance_mm > float(image.pixdim.min()) / 2:
+                raise BadInput(
+                    f"{data[key]} lies elsewhere than {of}: their affines put a corner {distance_mm:.3g} mm apart; resample "
+                    f"the label map to the scan, or copy the scan's affine if they do overlap."
+                )
+            ids = label.unique()
+            wrong = [f"{id:g}" for id in ids.tolist() if id not in range(len(self.labels))]
+            if wrong:
+                raise BadInput(
+                    f"{data[key]} holds {', '.join(wrong[:5])}, but the ids go from 0 to {len(self.labels) - 1} "
+                    f"({', '.join(self.labels)}); correct the label map, or name all classes with --labels."
+                )
+            output[key] = label.to(torch.uint8)
+        return output
+
+
+def misalignment_mm(affine: torch.Tensor, other: torch.Tensor, shape: Sequence[int]) -> float:
+    """Return how far apart two affines put the same corner of a volume, in mm, at the most."""
+    corners = np.array([(*np.multiply(corner, shape), 1) for corner in np.ndindex(2, 2, 2)])
+    difference = np.asarray(affine, float) - np.asarray(other, float)
+    return float(np.linalg.norm(corners @ difference.T, axis=1).max())
 
 
 class ByModalityd(MapTransform):

@@ -126,7 +126,7 @@ class RunState:
         state = engine.state
         logger.info(f"Resuming from {found[-1]}: {state.epoch} of {state.max_epochs} epochs are done.")
         if state.epoch >= state.max_epochs:
-            logger.info("Nothing is left to train: raise --max_iterations, or start anew in another --output_dir.")
+            logger.info("Nothing is left to train: raise --max_epochs, or start anew in another --output_dir.")
 
 
 class StopOnNaN:
@@ -146,7 +146,7 @@ class StopOnNaN:
         if not torch.isfinite(loss):
             raise BadInput(
                 f"The loss is {loss.item()} in iteration {engine.state.iteration}, with the cases "
-                f"{', '.join(engine.state.batch['case'])}; look at these files, or lower --learning_rate. The last "
+                f"{', '.join(dict.fromkeys(engine.state.batch['case']))}; look at these files, or lower --learning_rate. The last "
                 f"checkpoint is untouched."
             )
 

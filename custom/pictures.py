@@ -1,60 +1,94 @@
-"""Pictures of restorations, for people who would rather look than read."""
+"""Pictures of restorations and segmentations, for people who would rather look than read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from monai.data import MetaTensor
+from monai.transforms import Orientation
 
-COLUMNS = {"original": "label", "disrupted": "image", "restored": "pred"}
+# A row's normal axis in RAS and, of the other two, the one across and the one up the picture.
+PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 
 
-def draw(volumes: Mapping[str, torch.Tensor], title: str = "", pixdim_mm: tuple[float, ...] = (1, 1, 1)) -> Figure:
-    """Draw the middle slices of volumes side by side, all in the grey window of the first.
+def draw(
+    volumes: Mapping[str, torch.Tensor],
+    label_maps: Mapping[str, torch.Tensor] | None = None,
+    labels: Sequence[str] = (),
+    title: str = "",
+) -> Figure:
+    """Draw slices of volumes side by side, all in the grey window of the first.
+
+    The slices are the middle ones, or those with the most labelled voxels of the first label map.
 
     Args:
-        volumes: title of each column and its volume (D, H, W) in RAS orientation.
+        volumes: title of each column and its volume (1, D, H, W). A `MetaTensor` is turned to RAS and drawn by its
+            spacing; anything else counts as RAS with cubic voxels.
+        label_maps: of some columns, (1, D, H, W), painted over the volume.
+        labels: names of the classes, background first; those on the picture are explained below it.
         title: of the picture.
-        pixdim_mm: spacing of the voxels.
 
     Returns:
         A matplotlib figure with a row for each of the axial, coronal and sagittal planes.
     """
-    arrays = [np.asarray(torch.as_tensor(volume).detach().cpu().float()) for volume in volumes.values()]
-    low, high = np.percentile(arrays[0], (0.5, 99.5))
-    size_mm = np.array(arrays[0].shape) * pixdim_mm
-    # A row's normal axis and, of the other two, the one across and the one up the picture.
-    rows = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
-    heights = [size_mm[up] / size_mm[across] for _, across, up in rows.values()]
+    arrays = {name: _ras(volume) for name, volume in volumes.items()}
+    maps = {name: _ras(label_map) for name, label_map in (label_maps or {}).items()}
+    first = next(iter(volumes.values()))
+    if isinstance(first, MetaTensor):
+        pixdim_mm = np.asarray(Orientation("RAS", labels=None)(first).pixdim, float)
+    else:
+        pixdim_mm = np.ones(3)
+    reference = next(iter(arrays.values()))
+    low, high = np.percentile(reference, (0.5, 99.5))
+    labelled = next((label_map > 0 for label_map in maps.values() if label_map.any()), None)
+    size_mm = np.array(reference.shape) * pixdim_mm
+    heights = [size_mm[up] / size_mm[across] for _, across, up in PLANES.values()]
     figure = Figure(figsize=(3 * len(arrays), 3 * sum(heights) + 1), layout="constrained", facecolor="black")
     figure.suptitle(title, color="white", fontsize=10)
     axes = figure.subplots(3, len(arrays), squeeze=False, height_ratios=heights)
-    for line, (plane, (normal, across, up)) in zip(axes, rows.items(), strict=True):
-        for axis, name, array in zip(line, volumes, arrays, strict=True):
-            axis.imshow(
-                array.take(array.shape[normal] // 2, normal).T,
-                cmap="gray",
-                vmin=low,
-                vmax=high,
-                origin="lower",
-                aspect=pixdim_mm[up] / pixdim_mm[across],
-            )
+    colours = matplotlib.colormaps["tab20"].resampled(max(len(labels), 2))
+    shown: set[int] = set()
+    for line, (plane, (normal, across, up)) in zip(axes, PLANES.items(), strict=True):
+        place = reference.shape[normal] // 2
+        if labelled is not None:
+            place = int(labelled.sum(axis=(across, up)).argmax())
+        for axis, (name, array) in zip(line, arrays.items(), strict=True):
+            look = {"origin": "lower", "aspect": pixdim_mm[up] / pixdim_mm[across], "interpolation": "nearest"}
+            axis.imshow(array.take(place, normal).T, cmap="gray", vmin=low, vmax=high, **look)
+            if name in maps:
+                painted = maps[name].take(place, normal).T
+                shown |= set(np.unique(painted[painted > 0]).astype(int).tolist())
+                painted = np.ma.masked_equal(painted, 0)
+                axis.imshow(painted, cmap=colours, vmin=0, vmax=colours.N - 1, alpha=0.6, **look)
             axis.set_axis_off()
             axis.set_title(f"{name}, {plane}", color="white", fontsize=9)
+    if shown:
+        figure.legend(
+            handles=[Patch(color=colours(number), label=labels[number]) for number in sorted(shown)],
+            loc="outside lower center", ncols=2 * len(arrays), fontsize=7, facecolor="black", labelcolor="white",
+        )  # fmt: skip
     return figure
 
 
-class RestorationPictures:
-    """Draw the original, the disrupted and the restored scan of an evaluator's cases.
+def _ras(volume: torch.Tensor) -> np.ndarray:
+    if isinstance(volume, MetaTensor):
+        volume = Orientation("RAS", labels=None)(volume)
+    return np.asarray(torch.as_tensor(volume[0]).detach().cpu().float())
+
+
+class Pictures:
+    """Draw an evaluator's cases, into a folder and into TensorBoard.
 
     Args:
         output_dir: where to write a PNG per case, None for none.
         summary_writer: TensorBoard writer to show them in, None for none.
         cases: draw only so many; None for all.
-
-    Attach it to an evaluator with `decollate=True`, whose output has "image", "label" and "pred", each (1, D, H, W).
     """
 
     def __init__(self, output_dir: str | None = None, summary_writer=None, cases: int | None = None) -> None:
@@ -70,17 +104,47 @@ class RestorationPictures:
     def start(self, engine: Engine) -> None:
         self.drawn = 0
 
+    def figure(self, item: Mapping[str, Any], output: Mapping[str, torch.Tensor]) -> Figure:
+        """Draw a case: its item of the batch, and the evaluator's output for it."""
+        raise NotImplementedError
+
     def __call__(self, engine: Engine) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             if self.cases is not None and self.drawn >= self.cases:
                 return
             self.drawn += 1
-            pixdim_mm = tuple(float(size) for size in getattr(output["label"], "pixdim", (1, 1, 1)))
-            volumes = {name: output[key][0] for name, key in COLUMNS.items()}
-            figure = draw(volumes, f"{Path(item['case']).name} ({item['modality']})", pixdim_mm)
+            figure = self.figure(item, output)
             if self.output_dir is not None:
                 name = item["case"].removesuffix(".gz").removesuffix(".nii").strip("/").replace("/", "_")
                 Path(self.output_dir).mkdir(parents=True, exist_ok=True)
                 figure.savefig(Path(self.output_dir) / f"{name}.png", dpi=80)
             if self.summary_writer is not None:
-                self.summary_writer.add_figure(f"restoration/{item['case']}", figure, engine.state.epoch, close=False)
+                self.summary_writer.add_figure(item["case"], figure, engine.state.epoch, close=False)
+
+
+class RestorationPictures(Pictures):
+    """Draw the original, the disrupted and the restored scan: "label", "image" and "pred" of a decollated output."""
+
+    def figure(self, item: Mapping[str, Any], output: Mapping[str, torch.Tensor]) -> Figure:
+        columns = {"original": "label", "disrupted": "image", "restored": "pred"}
+        volumes = {name: output[key] for name, key in columns.items()}
+        return draw(volumes, title=f"{Path(item['case']).name} ({item['modality']})")
+
+
+class SegmentationPictures(Pictures):
+    """Draw the scan, its true label map if there is one, and the segmentation: "image", "label", "pred" of an output.
+
+    Args:
+        labels: names of the classes, background first.
+        kwargs: see `Pictures`.
+    """
+
+    def __init__(self, labels: Sequence[str], **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.labels = labels
+
+    def figure(self, item: Mapping[str, Any], output: Mapping[str, torch.Tensor]) -> Figure:
+        image = output["image"][:1]  # of several channels the first
+        maps = {"label": output.get("label"), "segmentation": output["pred"]}
+        maps = {name: label_map for name, label_map in maps.items() if label_map is not None}
+        return draw(dict.fromkeys(["scan", *maps], image), maps, self.labels, title=Path(item["case"]).name)

@@ -15,6 +15,8 @@ from tools import phantom
 ROOT = Path(__file__).parents[1]
 BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
 PRETRAINING = ROOT / "bundles" / "dae_pretraining"
+SEGMENTATION = [bundle for bundle in BUNDLES if bundle.name.endswith("segmentation")]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # The smallest network and a patch that it takes in a second.
 SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "num_workers": 0}
 
@@ -37,6 +39,20 @@ def phantom_list(phantoms) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def labelled_lists(phantoms) -> dict[str, Path]:
+    """Data lists of two phantoms with labels, in two folds, the first to train on and the second to validate."""
+    lists = {}
+    for kind in ("ct", "fetal"):
+        entries = [
+            {"image": f"images/{kind}_00{n}.nii.gz", "label": f"labels/{kind}_00{n}.nii.gz", "modality": modality, "fold": n}
+            for n, modality in enumerate(["ct" if kind == "ct" else "t2"] * 2)
+        ]
+        lists[kind] = phantoms / kind / "labelled.json"
+        lists[kind].write_text(json.dumps({"training": entries[:1], "validation": entries[1:]}))
+    return lists
+
+
 @pytest.fixture
 def small_list(tmp_path, phantom_list) -> Path:
     """A data list of two CTs to train on and one to validate."""
@@ -53,6 +69,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real volumes at {folder}; name their folder with DAE_TEST_DATA")
     return folder
+
+
+def folders(path: Path) -> dict[str, Path]:
+    """Overrides that let a run write into a folder."""
+    return {"output_dir": path, "ckpt_dir": path / "models"}
 
 
 def overrides(**values) -> list[str]:

@@ -1,6 +1,7 @@
-"""Turn folders of 3D scans into one checked, split data list for self-supervised pre-training.
+"""Turn folders of 3D scans into one checked, split data list for self-supervised pre-training or segmentation.
 
     python -m tools.datalist OUT.json ct=/data/ct t1='/data/brain/**/*_t1.nii.gz' more.json
+    python -m tools.datalist OUT.json ct=/btcv/imagesTr --labels imagesTr=labelsTr img=label --folds 5
 
 Every file is opened before it is listed, since one broken file ends a training run hours after its start.
 """
@@ -25,11 +26,11 @@ import stat
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -39,15 +40,14 @@ from tqdm import tqdm
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
 SUFFIXES = (".nii", ".nii.gz")
-BUNDLE = "bundles/dae_pretraining"
-NEXT_COMMAND = (
-    f"python -m monai.bundle run --config_file {BUNDLE}/configs/train.json --bundle_root {BUNDLE} --datalist {{}}"
-)
+NEXT_COMMAND = "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1}"
+VALIDATION = 0.05  # share held out if neither --validation nor --folds is given
 SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
 DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
 CONTRAST_NAMES = (*MODALITIES, "t1c", "t1gd", "t1n", "t1w", "t2f", "t2w")
 CHANNEL = re.compile(r"_000\d$")  # "_0000", "_0001": one channel of a patient
 SHOWN = 5  # file names printed per kind of refusal
+SHOWN_IDS = 50  # label ids printed; a scan taken for a label has thousands
 
 
 class DatalistError(ValueError):
@@ -60,53 +60,67 @@ class Refusal(ValueError):
 
 @dataclass(frozen=True, order=True)
 class Scan:
-    """One file to list: absolute path (links kept), modality, and its path below its source's root."""
+    """One file to list: absolute path (links kept), modality, path below its source's root, absolute label or ""."""
 
     path: str
     modality: str
     place: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What a check found: shape in voxels, spacing in mm, and the reason of a refusal ("" when accepted)."""
+    """What a check found: shape in voxels, spacing in mm, reason of a refusal ("" when accepted), ids of the label."""
 
     path: str
     shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
     reason: str = ""
+    ids: tuple[int, ...] = ()
 
 
-def inspect_file(path: str | os.PathLike[str], headers_only: bool = False) -> FileReport:
-    """Check that one file is a 3D scan that training can read.
+def inspect_file(path: str | os.PathLike[str], headers_only: bool = False, label: str = "") -> FileReport:
+    """Check that one file is a 3D scan that training can read, and that its label, if it has one, fits.
 
     Args:
         path: a .nii or .nii.gz file.
         headers_only: trust the voxels, which saves reading (and decompressing) them.
+        label: file with an id (whole number) per voxel of the scan; "" for none.
 
     Returns:
-        The file's shape (voxels), spacing (mm) and, when it is refused, the reason. Never raises for a bad file.
+        Shape (voxels), spacing (mm), reason of a refusal, ids of the label. Never raises for a bad file.
     """
     found: dict[str, tuple] = {}
+    where = ""
     try:
         with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
-            _check(os.fspath(path), headers_only, found)
-        reason = ""
+            affine = _check(os.fspath(path), headers_only, found)
+            if label:
+                where, its = f"label: {label}: ", {}
+                shift = _check(label, headers_only, its, is_label=True) - affine
+                if its["shape"][:3] != found["shape"][:3]:
+                    raise Refusal(f"shape {its['shape'][:3]} is not that of its scan, {found['shape'][:3]}")
+                corners = [(*np.multiply(corner, found["shape"][:3]), 1) for corner in np.ndindex(2, 2, 2)]
+                apart_mm = np.linalg.norm(corners @ shift.T, axis=1).max()
+                if apart_mm > min(found["spacing"]) / 2:  # what training refuses too
+                    raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from its scan's")
+                found["ids"] = its.get("ids", ())
+        where = reason = ""
     except Refusal as refusal:
         reason = str(refusal)
     except FileNotFoundError:
-        reason = "missing file or dangling link"
+        where, reason = (f"no label: {label}", "") if where else ("", "missing file or dangling link")
     except PermissionError:
         reason = "permission denied"
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         reason = f"truncated or corrupted: {error}"
     except Exception as error:  # whatever a hostile header provokes (MemoryError too) concerns this file only
         reason = f"unreadable: {type(error).__name__} {error}"
-    return FileReport(os.fspath(path), **found, reason=" ".join(reason.split()))
+    return FileReport(os.fspath(path), **found, reason=where + " ".join(reason.split()))
 
 
-def _check(path: str, headers_only: bool, found: dict[str, tuple]) -> None:
-    """Raise for a file that is not to be listed; leave shape and spacing in `found` as soon as known."""
+def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: bool = False) -> np.ndarray:
+    """Raise for a file that is not to be listed, else return its affine; put what is known of it into `found`."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise Refusal("a folder, not a file")
@@ -156,33 +170,37 @@ def _check(path: str, headers_only: bool, found: dict[str, tuple]) -> None:
             raise Refusal(f"truncated or corrupted: {status.st_size} bytes cannot hold {size} bytes of voxels")
         if not headers_only:
             stream.seek(voxels.offset)
-            low, high = _extremes(stream, voxels.dtype, size)
-            # Scaling is monotone, so the extremes tell of all voxels, as float32, which training turns them into.
-            low, high = (np.float32(float(v) * float(voxels.slope) + float(voxels.inter)) for v in (low, high))
-            if not (np.isfinite(low) and np.isfinite(high)):
+            telling = np.unique if is_label else lambda slab: (slab.min(), slab.max())  # scaling is monotone
+            slabs = map(telling, _slabs(stream, voxels.dtype, size))
+            values = reduce(np.union1d, slabs, np.array([], voxels.dtype)).astype(float)
+            values = np.float32(values * float(voxels.slope) + float(voxels.inter))  # what training turns them into
+            if is_label:
+                bad = values[~((values >= 0) & (values < np.inf) & (values == np.floor(values)))]
+                if bad.size:
+                    raise Refusal(f"a voxel is {bad[0]:g}, not a whole number from 0 on")
+                found["ids"] = tuple(sorted(set(map(int, values))))
+            elif not np.isfinite(values).all():
                 raise Refusal("NaN or infinite voxels")
-            if low == high:
-                raise Refusal(f"constant voxels: all are {low:g}")
+            elif values.min() == values.max():
+                raise Refusal(f"constant voxels: all are {values[0]:g}")
+        return image.affine
 
 
-def _extremes(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> tuple[np.generic, np.generic]:
-    """Lowest and highest of `size` bytes of stored voxels (NaN if there is one), read front to back in slabs."""
+def _slabs(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> Iterator[np.ndarray]:
+    """Read `size` bytes of stored voxels front to back; each slab overwrites the one before."""
     buffer = memoryview(bytearray(min(size, SLAB_BYTES)))
-    lows, highs, total = [], [], size
+    total = size
     while size:
         want = filled = min(size, SLAB_BYTES)
         while filled and (got := stream.readinto(buffer[want - filled : want])):
             filled -= got
         if filled:
             raise Refusal(f"truncated or corrupted: {size - want + filled} bytes of voxels are missing")
-        slab = np.frombuffer(buffer[:want], dtype)
-        lows.append(slab.min())
-        highs.append(slab.max())
+        yield np.frombuffer(buffer[:want], dtype)
         size -= want
     # At its end gzip compares a checksum; damage may put the end off, a bomb must not do so for ever.
     while stream.read(1 << 20) and stream.tell() < 2 * total + (64 << 20):
         pass
-    return np.min(lows), np.max(highs)
 
 
 def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
@@ -205,10 +223,11 @@ def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
     elif not name:
         raise DatalistError(f"'{source}' needs a modality: write modality={source}.")
     else:
-        root, found = _files(path, source)
+        root, files = _files(path, source)
+        found = [(file, name, "") for file in files]
     if not found:
         raise DatalistError(f"'{source}' has no .nii or .nii.gz file.")
-    return [Scan(file, modality or name, Path(os.path.relpath(file, root)).as_posix()) for file, modality in found]
+    return [Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), label) for file, kind, label in found]
 
 
 def _known(name: object, modalities: Iterable[str], where: str) -> str:
@@ -221,14 +240,14 @@ def _known(name: object, modalities: Iterable[str], where: str) -> str:
     raise DatalistError(f"{where}: unknown modality '{name}'{hint}; known are {', '.join(known)}, or use --modalities.")
 
 
-def _files(path: str, source: str) -> tuple[str, list[tuple[str, str]]]:
+def _files(path: str, source: str) -> tuple[str, list[str]]:
     """Root and scans of a folder, a file or a pattern; a path that exists is never taken for a pattern."""
     if os.path.isdir(path):
-        return path, [(file, "") for file in _walk(path)]
+        return path, _walk(path)
     if os.path.lexists(path):
         if not path.lower().endswith(SUFFIXES):
             raise DatalistError(f"'{source}' is neither a folder nor a .nii, .nii.gz or .json file.")
-        return os.path.dirname(path), [(path, "")]
+        return os.path.dirname(path), [path]
     if not glob.has_magic(path):
         raise DatalistError(f"'{source}' does not exist.")
     root = path
@@ -237,7 +256,7 @@ def _files(path: str, source: str) -> tuple[str, list[tuple[str, str]]]:
     found: set[str] = set()
     for match in glob.glob(path, recursive=True):
         found.update(_walk(match) if os.path.isdir(match) else [match] * match.lower().endswith(SUFFIXES))
-    return root, [(file, "") for file in sorted(found)]
+    return root, sorted(found)
 
 
 def _walk(folder: str) -> list[str]:
@@ -258,8 +277,8 @@ def _walk(folder: str) -> list[str]:
     return found
 
 
-def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str]]:
-    """(absolute file, modality) of all entries of a Decathlon JSON; a modality given on the command line wins."""
+def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(absolute file, modality, absolute label or "") of all entries; a modality from the command line wins."""
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -270,31 +289,66 @@ def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tup
         if not isinstance(entries, list):
             raise DatalistError(f"{path} is not a Decathlon data list: '{key}' is not a list.")
         for number, entry in enumerate(entries):
-            image, own = (entry.get("image"), entry.get("modality")) if isinstance(entry, dict) else (entry, None)
+            entry = entry if isinstance(entry, dict) else {"image": entry}
+            image, own, label = entry.get("image"), entry.get("modality"), entry.get("label")
             where = f"{path}, '{key}' entry {number}"
             if not isinstance(image, str) or not image or "\0" in image:
                 raise DatalistError(f"{where} has no 'image' that is one file name.")
+            if label is not None and (not isinstance(label, str) or "\0" in label):
+                raise DatalistError(f"{where} has a 'label' that is not one file name: mend it or take it out.")
             if not modality and own is None:
                 raise DatalistError(f"{where} has no 'modality': add it, or write modality={path}.")
-            found.append((os.path.abspath(path.parent / image), modality or _known(own, modalities, where)))
+            label = os.path.abspath(path.parent / label) if label else ""
+            found.append((os.path.abspath(path.parent / image), modality or _known(own, modalities, where), label))
     return found
+
+
+def add_labels(scans: Iterable[Scan], pairs: list[str]) -> list[Scan]:
+    """Give each scan a label, its path with the last FROM of each pair FROM=TO replaced, unless it has one by its JSON.
+
+    Files that are the label of another scan are left out. Without pairs, no further scan gets a label.
+
+    Raises:
+        DatalistError: a pair has no FROM, a FROM is not in a path, or a label is the scan itself.
+    """
+    found: list[tuple[Scan, str]] = []  # with what is wrong, which is no error if the file proves to be a label
+    for scan in scans:
+        label, wrong = scan.label or (scan.path if pairs else ""), ""
+        for pair in [] if scan.label else pairs:
+            old, sign, new = pair.partition("=")
+            if not old or not sign:
+                raise DatalistError(f"--labels '{pair}' is not of the form FROM=TO.")
+            if old not in label and not wrong:
+                wrong = f"--labels '{pair}': no '{old}' to replace in {scan.path}; mend the pair or narrow the sources."
+            label = os.path.abspath(new.join(label.rsplit(old, 1)))
+        if label and not wrong and os.path.realpath(label) == os.path.realpath(scan.path):
+            origin = "its JSON entry" if scan.label else f"--labels '{' '.join(pairs)}'"
+            wrong = f"{scan.path} would be its own label by {origin}; name another file."
+        found.append((replace(scan, label=label), wrong))
+    labels = {os.path.realpath(scan.label) for scan, wrong in found if scan.label and not wrong}
+    found = [(scan, wrong) for scan, wrong in found if os.path.realpath(scan.path) not in labels]
+    if mistakes := [wrong for _, wrong in found if wrong]:
+        raise DatalistError(mistakes[0])
+    return [scan for scan, _ in found]
 
 
 def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
     """Sort scans and part them into those to keep and further names (links, spellings) of the same files.
 
     Raises:
-        DatalistError: one file is given under two modalities.
+        DatalistError: one file is given under two modalities or with two labels.
     """
     by_file: dict[str, list[Scan]] = {}
-    for scan in sorted(scans):
+    for scan in sorted(scans, key=lambda scan: (not scan.label, scan)):  # of two names, that with a label is kept
         by_file.setdefault(os.path.realpath(scan.path), []).append(scan)
     for first, *others in by_file.values():
         for other in others:
+            both = first.path if first.path == other.path else f"{first.path} (also {other.path})"
             if other.modality != first.modality:
-                both = first.path if first.path == other.path else f"{first.path} (also {other.path})"
                 raise DatalistError(f"{both} is given both as {first.modality} and as {other.modality}.")
-    return [same[0] for same in by_file.values()], [scan for same in by_file.values() for scan in same[1:]]
+            if other.label and os.path.realpath(other.label) != os.path.realpath(first.label):
+                raise DatalistError(f"{both} is given with two labels, {first.label} and {other.label}: leave out one.")
+    return sorted(s[0] for s in by_file.values()), sorted(scan for same in by_file.values() for scan in same[1:])
 
 
 def group_keys(scans: Iterable[Scan], pattern: str | None = None, modalities: Iterable[str] = ()) -> dict[Scan, str]:
@@ -334,11 +388,26 @@ def group_keys(scans: Iterable[Scan], pattern: str | None = None, modalities: It
     return {scan: key if (short := CHANNEL.sub("", key)) in patients else short for scan, key in keys.items()}
 
 
+def _ranked(groups: Mapping[str, Iterable[str]], seed: int) -> list[list[str]]:
+    """Strata (groups with the same set of modalities), each ranked by a hash of seed and key."""
+    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for key, modalities in groups.items():
+        strata[tuple(sorted(set(modalities)))].append(key)
+    for keys in strata.values():
+        keys.sort(key=lambda key: hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest())
+    return [strata[kind] for kind in sorted(strata)]
+
+
+def fold_groups(groups: Mapping[str, Iterable[str]], count: int, seed: int) -> dict[str, int]:
+    """Deal the groups to folds in turn, so that folds differ by one group at most, in all and in each stratum."""
+    return {key: number % count for number, key in enumerate(sum(_ranked(groups, seed), []))}
+
+
 def split(groups: Mapping[str, Iterable[str]], fraction: float, seed: int) -> set[str]:
     """Choose the groups that go to validation.
 
-    Groups are ranked by a hash of seed and key, so a group's side depends neither on the order of the groups nor
-    (but for those next to the border) on which others there are.
+    As they are ranked by a hash, a group's side depends neither on the order of the groups nor (but for those next
+    to the border) on which others there are.
 
     Args:
         groups: the modalities of each group; each set of modalities is a stratum of its own.
@@ -346,28 +415,24 @@ def split(groups: Mapping[str, Iterable[str]], fraction: float, seed: int) -> se
             (unless fraction is 0) and never all of them.
         seed: another seed, another split.
     """
-    strata: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for key, modalities in groups.items():
-        strata[tuple(sorted(set(modalities)))].append(key)
     chosen: set[str] = set()
-    for keys in strata.values():
-        keys.sort(key=lambda key: hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogateescape")).digest())
+    for keys in _ranked(groups, seed):
         count = min(max(round(len(keys) * fraction), fraction > 0), len(keys) - 1)
         chosen.update(keys[:count])
     return chosen
 
 
-def check_files(paths: list[str], headers_only: bool, workers: int) -> list[FileReport]:
-    """Inspect files in parallel processes, in order, with a progress bar on a terminal."""
-    workers = min(workers, len(paths))
-    bar = partial(tqdm, total=len(paths), desc="checking", unit="file", disable=None)
+def check_files(scans: list[Scan], headers_only: bool, workers: int) -> list[FileReport]:
+    """Inspect scans and their labels in parallel processes, in order, with a progress bar on a terminal."""
+    workers = min(workers, len(scans))
+    bar = partial(tqdm, total=len(scans), desc="checking", unit="file", disable=None)
     if workers <= 1:
-        return list(bar(map(partial(inspect_file, headers_only=headers_only), paths)))
+        return [inspect_file(scan.path, headers_only, scan.label) for scan in bar(scans)]
     stop = multiprocessing.Event()
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(stop,)) as pool:
         try:
             inspect = partial(_inspect_unless_stopped, headers_only=headers_only)
-            return list(bar(pool.map(inspect, paths, chunksize=max(1, min(16, len(paths) // (4 * workers))))))
+            return list(bar(pool.map(inspect, scans, chunksize=max(1, min(16, len(scans) // (4 * workers))))))
         except BrokenProcessPool:
             raise DatalistError("A checking process was ended from outside (memory?): use fewer --workers.") from None
         finally:
@@ -381,8 +446,9 @@ def _start_worker(stop: Event) -> None:
     _stop = stop
 
 
-def _inspect_unless_stopped(path: str, headers_only: bool) -> FileReport:
-    return FileReport(path, reason="stopped") if _stop.is_set() else inspect_file(path, headers_only)
+def _inspect_unless_stopped(scan: Scan, headers_only: bool) -> FileReport:
+    stopped = FileReport(scan.path, reason="stopped")
+    return stopped if _stop.is_set() else inspect_file(scan.path, headers_only, scan.label)
 
 
 def _write(path: Path, text: str) -> None:
@@ -414,7 +480,7 @@ def _few(names: list[str]) -> str:
 
 
 def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan]) -> None:
-    """Print what each modality has, what was refused and why, and what was given twice."""
+    """Print what each modality has, the ids of all labels, what was refused and why, and what was given twice."""
     table = [("modality", "training", "validation", "voxels", "spacing (mm)", "voxels in all")]
     for modality in sorted({scan.modality for scan, report, _ in rows if not report.reason}):
         mine = [(r, side) for scan, r, side in rows if scan.modality == modality and not r.reason]
@@ -425,6 +491,10 @@ def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan]) -
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table if len(table) > 1 else ():
         _say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if labelled := [report.ids for _, report, _ in rows if report.ids]:
+        ids = [str(number) for number in sorted(set().union(*labelled))]
+        more = f" ... {ids[-1]}" if len(ids) > SHOWN_IDS else ""
+        _say(f"labels found: {' '.join(ids[:SHOWN_IDS])}{more} (in {len(labelled)} scans)")
     if twice:
         _say(f"Given more than once, listed once: {len(twice)}{_few([scan.path for scan in twice])}")
     refused = defaultdict(list)
@@ -447,8 +517,11 @@ def build(options: argparse.Namespace) -> None:
         raise DatalistError(f"'{options.out}' must be a .json file in a folder that exists.")
     if not os.access(out.parent, os.W_OK):
         raise DatalistError(f"'{out.parent}' cannot be written to.")
-    if not 0 <= options.validation < 1:
-        raise DatalistError(f"--validation must be at least 0 and less than 1, not {options.validation}.")
+    share = VALIDATION if options.validation is None else options.validation
+    if not 0 <= share < 1:
+        raise DatalistError(f"--validation must be at least 0 and less than 1, not {share}.")
+    if options.folds is not None and (options.folds < 2 or options.validation is not None):
+        raise DatalistError("--folds must be at least 2 and, as fold 0 is held out, come without --validation.")
     if options.workers < 1:
         raise DatalistError(f"--workers must be at least 1, not {options.workers}.")
     if any(os.path.realpath(s.partition("=")[2] or s) == os.path.realpath(out) for s in options.source):
@@ -457,45 +530,56 @@ def build(options: argparse.Namespace) -> None:
     def name(path: str) -> str:
         return Path(path).relative_to(out.parent).as_posix() if Path(path).is_relative_to(out.parent) else path
 
-    scans, twice = unique(scan for source in options.source for scan in read_source(source, options.modalities))
+    given = [scan for source in options.source for scan in read_source(source, options.modalities)]
+    if options.labels is None:  # pre-training needs none of the labels that a JSON names, not even that they exist
+        given = [replace(scan, label="") for scan in given]
+    scans, twice = unique(add_labels(given, options.labels or []))
     keys = group_keys(scans, options.group, options.modalities)
-    reports = check_files([scan.path for scan in scans], options.headers_only, options.workers)
+    reports = check_files(scans, options.headers_only, options.workers)
+    accepted = [scan for scan, report in zip(scans, reports, strict=True) if not report.reason]
     groups: dict[str, set[str]] = defaultdict(set)
-    for scan, report in zip(scans, reports, strict=True):
-        if not report.reason:
-            groups[keys[scan]].add(scan.modality)
-    held_out = split(groups, options.validation, options.seed)
-    lists: dict[str, list[dict[str, str]]] = {"training": [], "validation": []}
-    rows = []
-    for scan, report in zip(scans, reports, strict=True):
-        side = "" if report.reason else "validation" if keys[scan] in held_out else "training"
-        rows.append((scan, report, side))
-        if side:
-            lists[side].append({"image": name(scan.path), "modality": scan.modality})
+    for scan in accepted:
+        groups[keys[scan]].add(scan.modality)
+    folds = fold_groups(groups, options.folds, options.seed) if options.folds else {}
+    held_out = {key for key in folds if not folds[key]} if folds else split(groups, share, options.seed)
+    sides = {scan: "validation" if keys[scan] in held_out else "training" for scan in accepted}
+    rows = [(scan, report, sides.get(scan, "")) for scan, report in zip(scans, reports, strict=True)]
     _print_report(rows, twice)
     if not groups:
         raise DatalistError(f"None of the {len(scans)} files can be used, so nothing was written.")
+    if len(groups) < (options.folds or 0):
+        raise DatalistError(f"--folds {options.folds} is more than the {len(groups)} groups (patients): use fewer.")
 
-    for entries in lists.values():
-        entries.sort(key=lambda entry: entry["image"])
-    about = f"{len(groups)} groups of 3D scans for self-supervised pre-training, {options.validation:g} held out"
+    lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
+    for scan in sorted(accepted, key=lambda scan: name(scan.path)):
+        entry = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
+        entry["fold"] = folds.get(keys[scan], "")
+        lists[sides[scan]].append({key: value for key, value in entry.items() if value != ""})
+    bare = sum(not scan.label for scan in accepted)
+    ct = all(scan.modality == "ct" for scan in accepted)
+    bundle = "dae_pretraining" if bare else "btcv_ct_segmentation" if ct else "feta_mri_segmentation"
+    purpose = "self-supervised pre-training" if bare else "segmentation"
+    held = f"{options.folds} folds, fold 0" if folds else f"{share:g}"
+    about = f"{len(groups)} groups of 3D scans for {purpose}, {held} held out"
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("path", "modality", "split", "shape", "spacing_mm", "status", "reason"))
+    writer.writerow(("path", "label", "modality", "split", "shape", "spacing_mm", "status", "reason"))
     for scan, report, side in rows:
         sizes = ("x".join(map(str, report.shape)), "x".join(f"{s:g}" for s in report.spacing))
         status = "refused" if report.reason else "accepted"
-        writer.writerow((name(scan.path), scan.modality, side, *sizes, status, report.reason))
+        writer.writerow((name(scan.path), name(scan.label), scan.modality, side, *sizes, status, report.reason))
     for scan in twice:
-        writer.writerow((name(scan.path), scan.modality, "", "", "", "duplicate", "listed once"))
+        writer.writerow((name(scan.path), name(scan.label), scan.modality, "", "", "", "duplicate", "listed once"))
     report_file = out.with_name(f"{out.stem}_report.csv")
     _write(report_file, table.getvalue())
     _write(out, json.dumps({"name": out.stem, "description": about, "seed": options.seed, **lists}, indent=2) + "\n")
+    if 0 < bare < len(accepted):
+        _say(f"Note: {bare} of {len(accepted)} scans have no label, so this is no list for segmentation.")
     labels = sum("label" in Path(scan.place).parent.as_posix().lower() for scan in scans)
     if labels:
         _say(f"Note: {labels} files lie in folders named like labels; are they scans?")
     _say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
-    _say(NEXT_COMMAND.format(shlex.quote(str(out))))
+    _say(NEXT_COMMAND.format(f"bundles/{bundle}", shlex.quote(str(out))))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -505,15 +589,17 @@ def main(argv: list[str] | None = None) -> int:
     add("out", metavar="OUT.json", help="data list to write; OUT_report.csv beside it gets one row per file")
     add("source", metavar="SOURCE", nargs="+", help="modality=path: a folder, a quoted pattern (** goes into folders), "
         "a file, or a Decathlon JSON, which needs no 'modality=' if its entries have a modality")  # fmt: skip
-    add("--validation", type=float, default=0.05, metavar="SHARE", help="share of the groups to hold out (%(default)s)")
+    add("--labels", nargs="*", metavar="FROM=TO", help="for segmentation (write it after the sources): a scan's label "
+        "is the one named in its JSON source, else its path with the last FROM replaced by TO, pair by pair, say "
+        "'imagesTr=labelsTr img=label' or '_T2w=_dseg'; a label is never listed as a scan")  # fmt: skip
+    add("--validation", type=float, metavar="SHARE", help=f"share of the groups to hold out ({VALIDATION})")
+    add("--folds", type=int, metavar="K", help="share the groups out to K folds and hold out fold 0, not a share")
     add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")
     add("--group", metavar="REGEX", help="its first group in a file's full path names the patient, who is never split; "
         "by default the path below SOURCE without a contrast at the end (_t1, _flair, _0000)")  # fmt: skip
     add("--headers-only", action="store_true", help="do not read the voxels: quick, but misses broken files")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
-    known = (
-        f"all allowed names ({' '.join(MODALITIES)}); the pre-training bundle needs a JSON entry for each further one"
-    )
+    known = f"all allowed names ({' '.join(MODALITIES)}); pre-training needs a JSON entry for each further one"
     add("--modalities", nargs="+", default=MODALITIES, metavar="NAME", help=known)
     try:
         build(parser.parse_args(argv))

@@ -1,15 +1,17 @@
 """Every config of every bundle, found by glob: a new bundle is covered without touching a test."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 from monai.utils import BundleProperty, BundlePropertyConfig
 
 from custom.workflow import check_ids, unused_ids
-from tests.conftest import BUNDLES, PRETRAINING, ROOT
+from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, TORCHRUN, folders, monai_bundle
 
-OVERLAYS = {"evaluate": "train", "multi_gpu_train": "train"}
+OVERLAYS = {"evaluate": "train", "multi_gpu_train": "train", "ensemble": "inference"}
 # What monai.bundle or its consumers read by name.
 ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "val_interval", "train#trainer"}
 CONFIGS = [
@@ -24,6 +26,47 @@ def files(config) -> list[str]:
     """A config, after the one that it is an overlay on."""
     base = OVERLAYS.get(config.stem)
     return [str(config.with_stem(base)), str(config)] if base else [str(config)]
+
+
+def phantom_kind(bundle) -> str:
+    """The kind of phantoms that a bundle is for, by its metadata."""
+    image = json.loads((bundle / "configs/metadata.json").read_text())["network_data_format"]["inputs"]["image"]
+    return "ct" if "CT" in image["modality"] else "fetal"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, labelled_lists):
+    """Train a bundle for an epoch, on first use, and return the folder of the run."""
+    runs = {}
+
+    def run(bundle):
+        if bundle not in runs:
+            runs[bundle] = tmp_path_factory.mktemp(bundle.name)
+            data = {"datalist": labelled_lists[phantom_kind(bundle)], "max_epochs": 1, "pixdim_mm": [4, 4, 4]}
+            done = monai_bundle("train", bundle=bundle, **data, **folders(runs[bundle]))
+            assert done.returncode == 0, done.stderr
+        return runs[bundle]
+
+    return run
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs_for_an_epoch(config, trained, labelled_lists, tmp_path):
+    bundle = config.parents[1]
+    run, datalist = trained(bundle), labelled_lists[phantom_kind(bundle)]
+    weights = run / "models" / "model.pt"
+    assert weights.is_file()
+    names = [Path(file).stem for file in files(config)]
+    if names[0] == "inference":
+        more = {"dataset_dir": datalist.parent / "images", "checkpoint": weights}
+    else:
+        more = {"datalist": datalist, "max_epochs": 1} | ({"checkpoint": weights} if "evaluate" in names else {})
+    launcher = {"launcher": TORCHRUN} if "multi_gpu_train" in names else {}
+    if names != ["train"]:
+        output = {"output_dir": tmp_path, "ckpt_dir": tmp_path / "models", "pixdim_mm": [4, 4, 4]}
+        done = monai_bundle(*names, bundle=bundle, **launcher, **more, **output)
+        assert done.returncode == 0, done.stderr
+        assert any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
@@ -89,6 +132,52 @@ def test_network_takes_and_gives_what_metadata_says(bundle):
     verify_net_in_out("network_def", meta_file=metadata, config_file=config, device="cpu", **small)
 
 
+def test_segmentation_bundles_differ_in_nothing_but_their_task():
+    """So that what is mended in one is not forgotten in the other."""
+    own = {"labels", "intensity", "pixdim_mm"}
+    first, *others = SEGMENTATION
+    for name in ("train", "evaluate", "inference", "multi_gpu_train", "ensemble"):
+        configs = [ConfigParser.load_config_file(bundle / f"configs/{name}.json") for bundle in (first, *others)]
+        for config in configs:
+            for transform in config.get("postprocessing", {}).get("transforms", []):
+                transform.pop("independent", None)
+        assert {key: value for key, value in configs[0].items() if key not in own} == {
+            key: value for key, value in configs[1].items() if key not in own
+        }
+
+
+@pytest.mark.parametrize("bundle", SEGMENTATION, ids=lambda bundle: bundle.name)
+def test_metadata_names_the_classes_of_the_config(bundle):
+    pred = json.loads((bundle / "configs/metadata.json").read_text())["network_data_format"]["outputs"]["pred"]
+    labels = ConfigParser.load_config_file(bundle / "configs/inference.json")["labels"]
+    assert pred["channel_def"] == {str(number): name for number, name in enumerate(labels)}
+
+
+@pytest.mark.parametrize("bundle", SEGMENTATION, ids=lambda bundle: bundle.name)
+def test_what_label_and_deploy_read_of_inference_needs_no_custom(bundle):
+    """They never run `run`, but make these components, beside other bundles whose `custom` may differ."""
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/inference.json"))
+    parser["feature_size"] = 12
+    loaded = {name for name in sys.modules if name.partition(".")[0] == "custom"}
+    for name in ("network_def", "network", "preprocessing", "inferer", "postprocessing"):
+        assert parser.get_parsed_content(name) is not None
+    assert not [item for item in parser.ref_resolver.resolved_content.values() if type(item).__module__ in loaded]
+
+
+def test_metadata_names_the_versions_that_are_installed():
+    pins = dict(
+        line.partition(";")[0].strip().split("==")
+        for line in (ROOT / "tools/constraints.txt").read_text().splitlines()
+        if "==" in line and '< "3.11"' not in line
+    )
+    for bundle in BUNDLES:
+        metadata = json.loads((bundle / "configs/metadata.json").read_text())
+        named = {"monai": metadata["monai_version"], "torch": metadata["pytorch_version"]}
+        named |= {"numpy": metadata["numpy_version"], **metadata["required_packages_version"]}
+        assert named == {name: pins[name] for name in named}, bundle.name
+
+
 PAPER = {
     "noise_variance": 0.1,
     "downsample_factor": 4,
@@ -119,3 +208,36 @@ def test_pretraining_has_the_values_of_the_paper():
     assert train["modalities"]["ct"] == {
         "_target_": "ScaleIntensityRange", "a_min": -1000, "a_max": 1000, "b_min": 0, "b_max": 1, "clip": True
     }  # fmt: skip
+
+
+FINE_TUNING = {
+    "learning_rate": 4e-4,
+    "weight_decay": 1e-5,
+    "max_epochs": 600,
+    "crops_per_volume": 4,
+    "flip_probability": 0.2,
+    "rotation_probability": 0.2,
+    "intensity_range": 0.1,
+    "intensity_probability": 0.1,
+    "patch_size": [96, 96, 96],
+    "feature_size": 48,
+    "overlap": 0.5,
+    "transfer": "both",
+}
+
+
+@pytest.mark.parametrize("bundle", SEGMENTATION, ids=lambda bundle: bundle.name)
+def test_fine_tuning_has_the_values_of_the_paper(bundle):
+    """Paper: learning rate, epochs, batch of 4 crops. Published code: weight decay, warm-up of 50 epochs, the rest."""
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/train.json"))
+    assert {name: parser[name] for name in FINE_TUNING} == FINE_TUNING
+    assert parser.get_parsed_content("warmup_epochs") == 50
+    task = {name: parser[name] for name in ("pixdim_mm", "intensity")}
+    if bundle.name.startswith("btcv"):
+        window = {"a_min": -175, "a_max": 250, "b_min": 0, "b_max": 1, "clip": True}
+        intensity = {"_target_": "ScaleIntensityRanged", "keys": "image", **window}
+        assert task == {"pixdim_mm": [1.5, 1.5, 2.0], "intensity": intensity}
+    else:
+        intensity = {"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True, "channel_wise": True}
+        assert task == {"pixdim_mm": None, "intensity": intensity}

@@ -18,13 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom.network import DisruptiveAutoencoder
-from tests.conftest import PRETRAINING, SMALL, metrics, monai_bundle, overrides
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-def folders(path) -> dict:
-    return {"output_dir": path, "ckpt_dir": path / "models"}
+from tests.conftest import PRETRAINING, SMALL, TORCHRUN, folders, metrics, monai_bundle, overrides
 
 
 @pytest.fixture(scope="module")

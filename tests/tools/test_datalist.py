@@ -23,12 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tools import datalist
-from tools.datalist import Scan, group_keys, inspect_file, main, split
+from tools.datalist import Scan, fold_groups, group_keys, inspect_file, main, split
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("DAE_TEST_DATA", ROOT.parent / "shared" / "data"))
+REAL = pytest.mark.skipif(not DATA.is_dir(), reason=f"real volumes are not at {DATA} (set DAE_TEST_DATA)")
 CALM = settings(deadline=None, database=None)  # no time limit on a busy machine, no folder left behind
 VOXELS = np.random.default_rng(0).integers(0, 1000, (8, 9, 10)).astype(np.int16)
+LABEL = (VOXELS % 4).astype(np.uint8)
+BTCV = ("--labels", "imagesTr=labelsTr", "img=label")
 
 
 def nifti(array: np.ndarray = VOXELS, affine: np.ndarray | None = None, edit=None, image=nib.Nifti1Image) -> bytes:
@@ -69,6 +72,14 @@ def fails(capsys, tmp_path: Path, *arguments: object) -> str:
     sentence = capsys.readouterr().err
     assert sentence.startswith("datalist: ") and sentence.count("\n") == 1 and "Traceback" not in sentence
     return sentence
+
+
+def btcv(folder: Path, cases: int = 4, raw: bytes | None = None) -> Path:
+    """Scans in imagesTr, labels in labelsTr; returns the folder of the scans."""
+    for n in range(cases):
+        scan(folder / "imagesTr" / f"img{n + 10:04}.nii.gz")
+        scan(folder / "labelsTr" / f"label{n + 10:04}.nii.gz", nifti(LABEL) if raw is None else raw)
+    return folder / "imagesTr"
 
 
 def names(entries: list[dict]) -> set[str]:
@@ -290,8 +301,22 @@ def test_a_further_group_moves_at_most_one_other(groups, fraction, modality):
     assert len(before.symmetric_difference(after) - {"new"}) <= 1
 
 
+@CALM
+@given(GROUPS, st.integers(2, 8), st.integers(), st.randoms())
+def test_folds(groups, count, seed, random):
+    folds = fold_groups(groups, count, seed)
+    assert set(folds) == set(groups) and set(folds.values()) <= set(range(count))
+    for keys in [list(groups), *strata(groups).values()]:
+        sizes = [sum(folds[key] == fold for key in keys) for fold in range(count)]
+        assert max(sizes) - min(sizes) <= 1
+    shuffled = list(groups.items())
+    random.shuffle(shuffled)
+    assert fold_groups(dict(shuffled), count, seed) == folds
+
+
 def test_seed_matters():
     groups = {f"p{n}": ["ct"] for n in range(100)}
+    assert fold_groups(groups, 5, 0) != fold_groups(groups, 5, 1)
     assert split(groups, 0.2, 0) != split(groups, 0.2, 1)
     assert len(split(groups, 0.2, 0)) == 20
 
@@ -337,6 +362,28 @@ def test_one_patient_one_side(tmp_path):
     assert not patients[0] & patients[1] and len(patients[1]) == 3
     assert len(found["training"]) == 36 and len(found["validation"]) == 12
     assert all(e["image"].endswith(f"_{e['modality']}.nii.gz") for e in found["training"] + found["validation"])
+
+
+def test_one_patient_one_fold(tmp_path):
+    sources = brats(tmp_path / "data", patients=7)
+    found = run(tmp_path, *sources, "--folds", "3")
+    assert found["description"].endswith("for self-supervised pre-training, 3 folds, fold 0 held out")
+    assert {e["fold"] for e in found["training"]} == {1, 2} and {e["fold"] for e in found["validation"]} == {0}
+    patients: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    for entry in found["training"] + found["validation"]:
+        patients[entry["fold"]].append(Path(entry["image"]).parent.name)
+    assert all(own.count(patient) == 4 for own in patients.values() for patient in own)
+    assert sorted(len(set(own)) for own in patients.values()) == [2, 2, 3]
+    assert run(tmp_path, *sources[::-1], "--folds", "3") == found
+
+
+def test_wrong_folds(tmp_path, capsys):
+    sources = brats(tmp_path / "data", patients=3)
+    assert "--folds must be at least 2" in fails(capsys, tmp_path, *sources, "--folds", "1")
+    assert "--folds must be at least 2" in fails(capsys, tmp_path, *sources, "--folds", "0")
+    assert "without --validation" in fails(capsys, tmp_path, *sources, "--folds", "3", "--validation", "0.05")
+    assert "more than the 3 groups" in fails(capsys, tmp_path, *sources, "--folds", "4")
+    assert len(run(tmp_path, *sources, "--folds", "3")["validation"]) == 4
 
 
 def test_order_of_sources_and_place_of_data_do_not_matter(tmp_path):
@@ -422,6 +469,7 @@ def decathlon(tmp_path: Path, content: object) -> Path:
 def test_decathlon_json(tmp_path, capsys):
     for name in ("a", "b", "c", "d"):
         scan(tmp_path / "set" / "images" / f"{name}.nii.gz")
+    scan(tmp_path / "set" / "l.nii.gz", nifti(LABEL))
     content = {
         "modality": {"0": "CT"},
         "training": [{"image": "./images/a.nii.gz", "label": "l.nii.gz", "modality": "t1"}],
@@ -433,6 +481,9 @@ def test_decathlon_json(tmp_path, capsys):
     found = run(tmp_path, f"ct={path}", "--validation", "0")
     assert [e["image"] for e in found["training"]] == [f"set/images/{n}.nii.gz" for n in "abcd"]
     assert {e["modality"] for e in found["training"]} == {"ct"}
+    assert all("label" not in e for e in found["training"])  # pre-training needs none
+    found = run(tmp_path, f"ct={path}", "--validation", "0", "--labels")
+    assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None, None, None]
     del content["test"]
     found = run(tmp_path, decathlon(tmp_path, content))
     assert [e["modality"] for e in found["training"]] == ["t1", "t2"]
@@ -448,11 +499,14 @@ def test_decathlon_json(tmp_path, capsys):
         ({"training": [{"image": ["a", "b"], "modality": "ct"}]}, "has no 'image' that is one file name"),
         ({"training": [{"image": "a\0b", "modality": "ct"}]}, "has no 'image'"),
         ({"training": [{"image": "a.nii", "modality": "CT"}]}, "did you mean 'ct'?"),
+        ({"training": [{"image": "a.nii", "modality": "ct", "label": 1}]}, "has a 'label' that is not one file name"),
+        ({"training": [{"image": "a.nii", "modality": "ct", "label": "a\0b"}]}, "has a 'label' that is not one file"),
+        ({"training": [{"image": "a.nii", "modality": "ct", "label": "a.nii"}]}, "be its own label by its JSON entry"),
         ({"training": []}, "has no .nii or .nii.gz file"),
     ],
 )
 def test_bad_json(tmp_path, capsys, content, sentence):
-    assert sentence in fails(capsys, tmp_path, decathlon(tmp_path, content))
+    assert sentence in fails(capsys, tmp_path, decathlon(tmp_path, content), "--labels")
 
 
 def test_missing_file_of_a_json_is_refused(tmp_path, capsys):
@@ -499,6 +553,169 @@ def test_wrong_arguments(tmp_path, capsys):
     assert main([str(path), f"ct={path}"]) == 2
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "out.json")])
+
+
+# --- labels -----------------------------------------------------------------------------------------------------
+
+
+def test_labels(tmp_path, capsys):
+    images = btcv(tmp_path / "img")  # the last "img" of a path is replaced, not this one
+    found = run(tmp_path, f"ct={images}", *BTCV, "--validation", "0.25")
+    assert len(found["training"]) == 3 and len(found["validation"]) == 1
+    for entry in found["training"] + found["validation"]:
+        number = entry["image"][-11:]
+        assert entry == {
+            "image": f"img/imagesTr/img{number}", "label": f"img/labelsTr/label{number}", "modality": "ct"}  # fmt: skip
+    assert "for segmentation, 0.25 held out" in found["description"] and "self-supervised" not in found["description"]
+    printed = capsys.readouterr().out
+    assert "labels found: 0 1 2 3 (in 4 scans)" in printed and "Note" not in printed
+    bundle = "bundles/btcv_ct_segmentation"
+    assert f"--config_file {bundle}/configs/train.json --bundle_root {bundle} --datalist {tmp_path}/out.json" in printed
+    rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
+    assert [row["label"] for row in rows] == [f"img/labelsTr/label00{n}.nii.gz" for n in range(10, 14)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_labels_below_the_source_are_no_scans(tmp_path, capsys, workers):
+    for n in range(3):
+        scan(tmp_path / "feta" / f"sub-{n}" / f"sub-{n}_T2w.nii.gz")
+        scan(tmp_path / "feta" / f"sub-{n}" / f"sub-{n}_dseg.nii.gz", nifti(LABEL))
+    command = [str(tmp_path / "out.json"), f"t2={tmp_path}/feta", "--workers", str(workers), "--folds", "3"]
+    for pair in ("_T2w=_dseg", "T2w.nii=dseg.nii"):
+        assert main([*command, "--labels", pair]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        entries = found["training"] + found["validation"]
+        assert {e["label"]: e["image"] for e in entries} == {
+            f"feta/sub-{n}/sub-{n}_dseg.nii.gz": f"feta/sub-{n}/sub-{n}_T2w.nii.gz" for n in range(3)
+        }
+        assert sorted(e["fold"] for e in entries) == [0, 1, 2]
+        assert len((tmp_path / "out_report.csv").read_text().splitlines()) == 4
+        printed = capsys.readouterr().out
+        assert "labels found: 0 1 2 3 (in 3 scans)" in printed and "bundles/feta_mri_segmentation" in printed
+    scan(tmp_path / "feta" / "sub-0" / "notes.nii.gz")
+    assert main([*command, "--labels", "_T2w=_dseg"]) == 2
+    assert "no '_T2w' to replace in" in (sentence := capsys.readouterr().err) and "sub-0/notes.nii.gz" in sentence
+
+
+def test_labels_whose_name_holds_from_are_no_scans(tmp_path):
+    scan(tmp_path / "f" / "a.nii")
+    scan(tmp_path / "f" / "a_seg.nii", nifti(LABEL))
+    (tmp_path / "g").symlink_to("f")
+    found = run(tmp_path, f"ct={tmp_path}/f", f"ct={tmp_path}/g", "--labels", ".nii=_seg.nii")
+    assert found["training"] == [{"image": "f/a.nii", "label": "f/a_seg.nii", "modality": "ct"}]
+
+
+def test_wrong_pairs(tmp_path, capsys):
+    source = f"ct={btcv(tmp_path / 'd', 1)}"
+    sentence = fails(capsys, tmp_path, source, "--labels", "imagesTr=labelsTr", "scan=label")
+    assert "--labels 'scan=label': no 'scan' to replace in " in sentence and "imagesTr/img0010.nii.gz" in sentence
+    sentence = fails(capsys, tmp_path, source, "--labels", "imagesTr=labelsTr", "labelsTr=imagesTr")
+    assert "imagesTr/img0010.nii.gz would be its own label by --labels 'imagesTr=labelsTr labelsTr=" in sentence
+    for pair in ("img", "=label", ""):
+        assert f"'{pair}' is not of the form FROM=TO" in fails(capsys, tmp_path, source, "--labels", pair)
+
+
+LABELS_REFUSED = {
+    "shape": ("shape (8, 9, 9) is not that of its scan, (8, 9, 10)", nifti(LABEL[..., 1:])),
+    "order of axes": ("shape (10, 9, 8) is not", nifti(LABEL.T)),
+    "origin": ("its affine puts a corner 0.6 mm from its scan's", nifti(LABEL, edit=patch("<f", 292, 0.6))),
+    "direction": ("its affine puts a corner 16 mm", nifti(LABEL, np.diag([-1.0, 2.0, 3.0, 1.0]))),
+    "fraction": ("a voxel is 0.5, not a whole number", nifti(LABEL.astype(np.float32) / 2)),
+    "negative": ("a voxel is -1, not a whole number", nifti(LABEL.astype(np.int16) - 1)),
+    "scaled": ("a voxel is 1.5, not a whole number", nifti(LABEL, edit=patch("<2f", 112, 1.5, 0))),
+    "NaN": ("a voxel is nan, not a whole number", nifti(with_value(np.nan))),
+    "infinite": ("a voxel is inf, not a whole number", nifti(with_value(np.inf))),
+    "4D": ("not a 3D volume: 4", nifti(np.stack([LABEL, LABEL], -1))),
+    "cut": ("truncated or corrupted", nifti(LABEL)[:-1]),
+    "text": ("not a NIfTI file", b"no label at all\n" * 100),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS_REFUSED)
+def test_refused_label(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(datalist, "SLAB_BYTES", 64)
+    expected, raw = LABELS_REFUSED[kind]
+    path, label = scan(tmp_path / "a.nii.gz"), scan(tmp_path / "two  spaces.nii.gz", raw)
+    report = inspect_file(path, label=str(label))
+    assert report.reason.startswith(f"label: {label}: {expected}") and report.ids == ()
+    assert (report.shape, report.spacing) == ((8, 9, 10), (1, 2, 3))
+    in_header = kind in ("shape", "order of axes", "origin", "direction", "4D", "text")
+    assert inspect_file(path, headers_only=True, label=str(label)).reason == (report.reason if in_header else "")
+
+
+def test_origin_far_away_gets_no_further_tolerance(tmp_path):
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    affine[:3, 3] = 500
+    path = scan(tmp_path / "a.nii", nifti(affine=affine))
+    for shift, fits in ((0.4, True), (0.6, False)):  # half a voxel is 0.5 mm
+        label = scan(tmp_path / "b.nii", nifti(LABEL, affine + shift * np.eye(4, k=3)))
+        assert (inspect_file(path, label=str(label)).reason == "") == fits
+
+
+def test_missing_label(tmp_path, capsys):
+    images = btcv(tmp_path / "d")
+    gone = tmp_path / "d" / "labelsTr" / "label0012.nii.gz"
+    gone.unlink()
+    assert inspect_file(images / "img0012.nii.gz", label=str(gone)).reason == f"no label: {gone}"
+    assert inspect_file(images / "gone.nii.gz", label=str(gone)).reason == "missing file or dangling link"
+    found = run(tmp_path, f"ct={images}", *BTCV)
+    assert names(found["training"] + found["validation"]) == {f"img00{n}.nii.gz" for n in (10, 11, 13)}
+    printed = capsys.readouterr().out
+    assert f"Refused, no label: 1\n    {images}/img0012.nii.gz ({gone})" in printed and "(in 3 scans)" in printed
+    row = list(csv.DictReader((tmp_path / "out_report.csv").open()))[2]
+    assert (row["label"], row["reason"]) == ("d/labelsTr/label0012.nii.gz", f"no label: {gone}")
+
+
+@pytest.mark.parametrize(
+    ("raw", "ids"),
+    [
+        (nifti(np.zeros_like(LABEL)), (0,)),
+        (nifti(LABEL.astype(np.float64) * 5), (0, 5, 10, 15)),
+        (nifti(LABEL.astype(">i2")), (0, 1, 2, 3)),
+        (nifti(LABEL * 10, edit=patch("<2f", 112, 0.1, 0)), (0, 1, 2, 3)),  # 0.1 is inexact as float32
+        (nifti(LABEL, edit=patch("<2f", 112, -1, 3)), (0, 1, 2, 3)),
+        (nifti(LABEL[..., None]), (0, 1, 2, 3)),
+    ],
+    ids=["background only", "float64", "big-endian", "scaled", "negated", "one volume in 4D"],
+)
+def test_good_label(tmp_path, raw, ids, monkeypatch):
+    monkeypatch.setattr(datalist, "SLAB_BYTES", 64)
+    path, label = scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", raw)
+    report = inspect_file(path, label=str(label))
+    assert (report.reason, report.ids) == ("", ids)
+
+
+def test_headers_only_tells_no_ids(tmp_path, capsys):
+    source = f"ct={btcv(tmp_path / 'd', raw=nifti(with_value(np.nan)))}"
+    assert run(tmp_path, source, *BTCV, "--headers-only")["training"][0]["label"]
+    assert "labels found" not in capsys.readouterr().out
+
+
+def test_scans_taken_for_labels_do_not_flood_the_report(tmp_path, capsys):
+    run(tmp_path, f"ct={btcv(tmp_path / 'd', raw=nifti())}", *BTCV)
+    line = re.search("labels found: .*", capsys.readouterr().out)[0]
+    assert len(line) < 250 and line.endswith(f" ... {VOXELS.max()} (in 4 scans)")
+
+
+def test_labels_of_a_json(tmp_path, capsys):
+    images = btcv(tmp_path / "set", 3)
+    entry = {"image": "imagesTr/img0010.nii.gz", "label": "./labelsTr/../own.nii.gz", "modality": "ct"}
+    scan(tmp_path / "set" / "own.nii.gz", nifti(LABEL))
+    path = decathlon(tmp_path, {"training": [entry, {"image": "imagesTr/img0011.nii.gz", "modality": "ct"}]})
+    found = run(tmp_path, path, *BTCV, "--folds", "2")
+    labels = {Path(e["image"]).name: e["label"] for e in found["training"] + found["validation"]}
+    assert labels == {"img0010.nii.gz": "set/own.nii.gz", "img0011.nii.gz": "set/labelsTr/label0011.nii.gz"}
+
+    capsys.readouterr()
+    again = f"ct={images.parent}/*/img*.nii.gz"  # img0010 is now given with and without a label
+    mixed = run(tmp_path, path, again, "--validation", "0", "--labels")
+    assert [e.get("label") for e in mixed["training"]] == ["set/own.nii.gz", None, None]
+    printed = capsys.readouterr().out
+    assert "Note: 2 of 3 scans have no label" in printed and "bundles/dae_pretraining" in printed
+    assert "self-supervised pre-training" in mixed["description"] and "listed once: 2" in printed
+    for file in tmp_path.glob("out*"):
+        file.unlink()
+    assert "two labels" in fails(capsys, tmp_path, path, again, *BTCV)
 
 
 # --- the whole command ------------------------------------------------------------------------------------------
@@ -605,7 +822,17 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, capsys):
     assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["f", "out.json"]
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"real volumes are not at {DATA} (set DAE_TEST_DATA)")
+@REAL
+def test_real_labels(tmp_path, capsys):
+    command = [str(tmp_path / "out.json"), f"t2={DATA}/fetal_mri", "--labels", "images=labels", "--folds", "5"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Refused" not in printed and "labels found: 0 1 2 3 4 5 6 7 (in 11 scans)" in printed
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found["validation"]) in (2, 3) and len(found["training"]) + len(found["validation"]) == 11
+
+
+@REAL
 def test_real_volumes(tmp_path, capsys):
     brain = DATA / "brain_mri" / "images"
     sources = [f"{name}={brain}/*_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair")]

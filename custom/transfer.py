@@ -1,0 +1,114 @@
+"""Start a segmentation network from the weights of a pre-training."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from monai.networks.utils import copy_model_state
+from torch import nn
+
+from custom.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+PARTS = {"encoder": ("swinViT.", "encoder"), "decoder": ("decoder",), "both": ("swinViT.", "encoder", "decoder")}
+
+
+def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a network: a state dict, alone or under "model" in a run's state.
+
+    Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        BadInput: for a file that is missing, damaged or holds no weights.
+    """
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no checkpoint {checkpoint}; train first, or name another.") from error
+    except Exception as error:  # torch raises whatever the damage leads to
+        raise BadInput(
+            f"The checkpoint {checkpoint} can't be loaded, it is damaged or no PyTorch checkpoint: {str(error)[:200]}"
+        ) from error
+    weights = content.get("model", content) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise BadInput(f"The checkpoint {checkpoint} holds no network's weights; name a model.pt of a training.")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_weights(network: nn.Module, checkpoint: str | Path) -> nn.Module:
+    """Load all weights of a checkpoint into a network and return it.
+
+    Raises:
+        BadInput: as `read_weights`, and for weights of another network.
+    """
+    try:
+        network.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise BadInput(
+            f"The checkpoint {checkpoint} can't be loaded, it is of another network: {str(error)[:300]} Give the "
+            f"settings that it was trained with."
+        ) from error
+    return network
+
+
+def transfer(network: nn.Module, checkpoint: str | Path | None, parts: str = "both") -> dict[str, str]:
+    """Copy the weights of a pre-training into a network, by name, and report what came over in the log.
+
+    The encoder is the Swin transformer with the blocks `encoder1` to `encoder10` that lead out of it, the decoder the
+    blocks `decoder1` to `decoder5`. The output layer is always new. Where the network has more input channels than the
+    checkpoint's single one, its first layers start from that channel's weights, divided by the number of channels, so
+    that they give what they gave for the mean of the channels.
+
+    Args:
+        network: a `SwinUNETR`, changed in place.
+        checkpoint: file of the pre-training's weights, None to start from scratch.
+        parts: "encoder", "decoder" or "both".
+
+    Returns:
+        name of each of the network's tensors that stays as it is, and why.
+
+    Raises:
+        BadInput: for a checkpoint that can't be read, of which nothing fits, or of a network of another size.
+    """
+    if parts not in PARTS:
+        raise BadInput(f"--transfer is one of {list(PARTS)}, got {parts!r}.")
+    if checkpoint is None:
+        logger.info("No --pretrained checkpoint: the network starts from scratch.")
+        return {}
+    weights, own = read_weights(checkpoint), network.state_dict()
+    wanted = {name: value for name, value in weights.items() if name in own and name.startswith(PARTS[parts])}
+    for name, value in wanted.items():
+        channels = own[name].shape[1] if own[name].ndim == 5 else 1
+        if value.ndim == 5 and value.shape[1] == 1 < channels:
+            wanted[name] = value.expand(-1, channels, -1, -1, -1) / channels
+    misfits = [name for name, value in wanted.items() if value.shape != own[name].shape]
+    if misfits:
+        found, needed = (tuple(state[misfits[0]].shape) for state in (weights, own))
+        raise BadInput(
+            f"The checkpoint {checkpoint} is of a network of another size: {misfits[0]} is {found} there and {needed} "
+            f"here ({len(misfits)} tensors differ); give the --feature_size that it was trained with."
+        )
+    if not wanted:
+        raise BadInput(
+            f"Nothing in the checkpoint {checkpoint} fits the network's {parts}: it has {len(weights)} tensors, such as "
+            f"{', '.join(list(weights)[:3])}; name the model.pt of a pre-training."
+        )
+    copy_model_state(network, wanted)
+    left = {
+        name: "the output layer is new"
+        if name.startswith("out.")
+        else "not in the checkpoint"
+        if name not in weights
+        else f"--transfer {parts}"
+        for name in own.keys() - wanted.keys()
+    }
+    logger.info(f"{len(wanted)} of {len(own)} tensors start from {checkpoint} (--transfer {parts}).")
+    for reason in sorted(set(left.values())):
+        names = sorted(name for name in left if left[name] == reason)
+        logger.info(f"{len(names)} start anew, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    unused = sorted(weights.keys() - own.keys())
+    if unused:
+        logger.info(f"{len(unused)} of the checkpoint have no place in the network: {', '.join(unused[:4])}")
+    return left

@@ -1,0 +1,119 @@
+import logging
+
+import pytest
+import torch
+from monai.networks.nets import SwinUNETR
+
+from custom.errors import BadInput
+from custom.network import DisruptiveAutoencoder
+from custom.transfer import load_weights, read_weights, transfer
+
+ENCODER = ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.")
+DECODER = ("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5.")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """Weights of a pre-training network in which every value differs from an initial one, also biases and norms."""
+    torch.manual_seed(0)
+    state = DisruptiveAutoencoder(feature_size=12).state_dict()
+    floats = {name: torch.randn_like(value) for name, value in state.items() if value.is_floating_point()}
+    path = tmp_path_factory.mktemp("pretrained") / "model.pt"
+    torch.save({**state, **floats}, path)
+    return path
+
+
+def segmentation_network(**kwargs):
+    return SwinUNETR(in_channels=kwargs.pop("in_channels", 1), out_channels=5, feature_size=12, **kwargs)
+
+
+@pytest.mark.parametrize("parts, prefixes", [("encoder", ENCODER), ("decoder", DECODER), ("both", ENCODER + DECODER)])
+def test_exactly_the_parts_asked_for_come_over(parts, prefixes, pretrained, caplog):
+    caplog.set_level(logging.INFO)
+    weights, network = read_weights(pretrained), segmentation_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    left = transfer(network, pretrained, parts)
+    came = 0
+    for name, value in network.state_dict().items():
+        expected = name.startswith(prefixes)
+        came += expected
+        assert torch.equal(value, weights[name] if expected else before[name]), name
+        assert (name in left) is not expected
+    assert {name for name in left if left[name] == "the output layer is new"} == {"out.conv.conv.weight", "out.conv.conv.bias"}
+    assert f"{came} of {len(before)} tensors start from {pretrained} (--transfer {parts})" in caplog.text
+    assert "2 start anew, the output layer is new: out.conv.conv.bias, out.conv.conv.weight" in caplog.text
+
+
+def test_without_a_checkpoint_nothing_changes_and_it_is_said(caplog):
+    caplog.set_level(logging.INFO)
+    network = segmentation_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert transfer(network, None) == {}
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert "from scratch" in caplog.text
+
+
+def test_several_channels_start_from_one(pretrained):
+    """Four copies of a scan give what the scan gave alone."""
+    single, several = segmentation_network().eval(), segmentation_network(in_channels=4).eval()
+    transfer(single, pretrained)
+    left = transfer(several, pretrained)
+    assert set(left.values()) == {"the output layer is new"}
+    several.out.load_state_dict(single.out.state_dict())
+    image = torch.rand(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(several(image.expand(-1, 4, -1, -1, -1)), single(image), atol=1e-4, rtol=1e-4)
+
+
+def test_the_state_of_a_run_and_of_parallel_training_are_read_too(pretrained, tmp_path):
+    weights = read_weights(pretrained)
+    torch.save({"model": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}, tmp_path / "run.pt")
+    network = segmentation_network()
+    transfer(network, tmp_path / "run.pt")
+    assert torch.equal(network.state_dict()["swinViT.patch_embed.proj.weight"], weights["swinViT.patch_embed.proj.weight"])
+
+
+def test_what_a_checkpoint_lacks_is_reported(pretrained, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    weights = {name: value for name, value in read_weights(pretrained).items() if name.startswith("swinViT")}
+    torch.save({**weights, "extra": torch.ones(1)}, tmp_path / "encoder.pt")
+    left = transfer(segmentation_network(), tmp_path / "encoder.pt")
+    assert left["encoder10.layer.conv1.conv.weight"] == left["decoder1.transp_conv.conv.weight"] == "not in the checkpoint"
+    assert "start anew, not in the checkpoint: decoder1" in caplog.text and "no place in the network: extra" in caplog.text
+
+
+class Code:
+    """An object whose unpickling would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_bad_checkpoints_are_refused_and_leave_the_network(pretrained, tmp_path):
+    torch.save(DisruptiveAutoencoder(feature_size=24).state_dict(), tmp_path / "larger.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save({"epoch": 3}, tmp_path / "none.pt")
+    torch.save({"model": Code(tmp_path / "written")}, tmp_path / "code.pt")
+    (tmp_path / "short.pt").write_bytes(pretrained.read_bytes()[:5000])
+    network = segmentation_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for name, sentence in {
+        "missing.pt": "no checkpoint",
+        "larger.pt": "another size.*feature_size",
+        "other.pt": "Nothing in the checkpoint.*fits",
+        "none.pt": "no network's weights",
+        "code.pt": "can't be loaded",
+        "short.pt": "can't be loaded",
+    }.items():
+        with pytest.raises(BadInput, match=sentence) as error:
+            transfer(network, tmp_path / name)
+        assert name in str(error.value)
+    with pytest.raises(BadInput, match="--transfer is one of"):
+        transfer(network, pretrained, "encodr")
+    assert not (tmp_path / "written").exists()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    with pytest.raises(BadInput, match="larger.pt can't be loaded, it is of another network"):
+        load_weights(network, tmp_path / "larger.pt")
