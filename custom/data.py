@@ -73,8 +73,8 @@ def read_datalist(
         folds = sorted({entry["fold"] for entry in entries})
         if fold not in folds:
             raise BadInput(
-                f"The data list {datalist} has the folds {folds}, not {fold}; give --fold one of them, or null for the "
-                f'list\'s own "training" and "validation" (`python -m tools.datalist --folds 5` makes folds).'
+                f"The data list {datalist} has the folds {folds}, not {fold}; give --fold one of them, or leave it out "
+                f'for the list\'s own "training" and "validation" (`python -m tools.datalist --folds 5` makes folds).'
             )
         entries = [entry for entry in entries if (entry["fold"] == fold) is (section == "validation")]
     if not entries:
@@ -86,7 +86,8 @@ def read_datalist(
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not entry.keys() >= set(needed):
             raise BadInput(
-                f'{datalist}: entry {number} of "{section}" needs {" and ".join(map(json.dumps, needed))}, found {entry}.'
+                f'{datalist}: entry {number} of "{section}" needs {" and ".join(map(json.dumps, needed))}, '
+                f"found {entry}."
             )
         item = {name: entry[name] for name in needed}
         if modalities is not None:
@@ -238,14 +239,14 @@ class LoadLabeld(LoadScand):
             of = f"its scan {image.meta['filename_or_obj']}"
             if label.shape[1:] != image.shape[1:] or label.shape[0] != 1:
                 raise BadInput(
-                    f"{data[key]} has the shape {tuple(label.shape[1:])}, {of} has {tuple(image.shape[1:])}; resample the "
-                    f"label map to the scan, or correct the data list."
+                    f"{data[key]} has the shape {tuple(label.shape[1:])}, {of} has {tuple(image.shape[1:])}; resample "
+                    f"the label map to the scan, or correct the data list."
                 )
             distance_mm = misalignment_mm(label.affine, image.affine, image.shape[1:])
             if distance_mm > float(image.pixdim.min()) / 2:
                 raise BadInput(
-                    f"{data[key]} lies elsewhere than {of}: their affines put a corner {distance_mm:.3g} mm apart; resample "
-                    f"the label map to the scan, or copy the scan's affine if they do overlap."
+                    f"{data[key]} lies elsewhere than {of}: their affines put a corner {distance_mm:.3g} mm apart; "
+                    f"resample the label map to the scan, or copy the scan's affine if they do overlap."
                 )
             ids = label.unique()
             wrong = [f"{id:g}" for id in ids.tolist() if id not in range(len(self.labels))]

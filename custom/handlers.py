@@ -144,10 +144,10 @@ class StopOnNaN:
     def __call__(self, engine: Engine) -> None:
         loss = engine.state.output["loss"]
         if not torch.isfinite(loss):
+            cases = ", ".join(dict.fromkeys(engine.state.batch["case"]))
             raise BadInput(
-                f"The loss is {loss.item()} in iteration {engine.state.iteration}, with the cases "
-                f"{', '.join(dict.fromkeys(engine.state.batch['case']))}; look at these files, or lower --learning_rate. The last "
-                f"checkpoint is untouched."
+                f"The loss is {loss.item()} in iteration {engine.state.iteration}, with the cases {cases}; look at "
+                f"these files, or lower --learning_rate. The last checkpoint is untouched."
             )
 
 

@@ -25,7 +25,7 @@ class LocalMasking(nn.Module):
 
     Source:
         Valanarasu et al., "Disruptive Autoencoders", MIDL 2024, local masking. The published code draws one set of
-        channels for the whole batch and, at feature sizes 48 and 96, zeroes slabs of space instead.
+        channels for the whole batch and, at feature size 48 and patch 96, zeroes slabs of space instead.
     """
 
     def __init__(self, ratio: float, fill: str = "zeros") -> None:

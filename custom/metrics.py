@@ -82,7 +82,7 @@ class SegmentationReport:
         )
         table = self._table(details)
         (self.output_dir / "summary.md").write_text(table)
-        print(f"\n{len(cases)} cases\n{table}\nPer case, and pictures: {self.output_dir}")
+        print(f"\n{len(cases)} cases\n{table}\nPer case: {self.output_dir}")
 
     def _table(self, details: dict[str, np.ndarray]) -> str:
         rows = [["class", *details], *([name] for name in [*self.classes, "**mean**"])]

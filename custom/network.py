@@ -1,13 +1,13 @@
 """The pre-training network: MONAI's Swin UNETR with local masking."""
 
 import torch
-from monai.networks.nets import SwinUNETR
 from torch import nn
 
 from custom.masking import LocalMasking
+from custom.published import SharedLocalMasking, SwinUNETRVariant
 
 
-class DisruptiveAutoencoder(SwinUNETR):
+class DisruptiveAutoencoder(SwinUNETRVariant):
     """MONAI's `SwinUNETR` whose token embedding is locally masked during training.
 
     It has the parameters of `SwinUNETR` under the same names, so that its weights load into a stock one, and in eval
@@ -19,9 +19,10 @@ class DisruptiveAutoencoder(SwinUNETR):
         feature_size: C, width of the embedding, a multiple of 12.
         local_mask_ratio: share of the embedding's channels to mask, see `LocalMasking`; 0 masks none.
         local_mask_fill: "zeros" or "noise".
+        local_mask_shared: mask as published, see `SharedLocalMasking`.
         full_resolution_skip: the last stage of a Swin UNETR's decoder sees the input image itself, and with local
             masking alone the network can copy it. False puts zeros in the place of that skip and freezes `encoder1`.
-        kwargs: see `SwinUNETR`.
+        kwargs: see `SwinUNETRVariant`, by default a plain `SwinUNETR`.
 
     Shapes:
         image: (B, in_channels, D, H, W); D, H and W multiples of 32.
@@ -45,12 +46,14 @@ class DisruptiveAutoencoder(SwinUNETR):
         feature_size: int = 48,
         local_mask_ratio: float = 0.6,
         local_mask_fill: str = "zeros",
+        local_mask_shared: bool = False,
         full_resolution_skip: bool = True,
         **kwargs,
     ) -> None:
         super().__init__(in_channels=in_channels, out_channels=out_channels, feature_size=feature_size, **kwargs)
         # The embedding passes through the parameterless pos_drop before anything reads it: the seam for masking it.
-        self.swinViT.pos_drop = nn.Sequential(self.swinViT.pos_drop, LocalMasking(local_mask_ratio, local_mask_fill))
+        masking = SharedLocalMasking if local_mask_shared else LocalMasking
+        self.swinViT.pos_drop = nn.Sequential(self.swinViT.pos_drop, masking(local_mask_ratio, local_mask_fill))
         self.full_resolution_skip = full_resolution_skip
         self.encoder1.requires_grad_(full_resolution_skip)
 

@@ -38,6 +38,8 @@ def draw(
         A matplotlib figure with a row for each of the axial, coronal and sagittal planes.
     """
     arrays = {name: _ras(volume) for name, volume in volumes.items()}
+    # The z-score of the non-zero voxels leaves the air around a head at zero, in the middle of its greys.
+    arrays = {name: np.where(array == 0, array.min(), array) for name, array in arrays.items()}
     maps = {name: _ras(label_map) for name, label_map in (label_maps or {}).items()}
     first = next(iter(volumes.values()))
     if isinstance(first, MetaTensor):
@@ -52,7 +54,7 @@ def draw(
     figure = Figure(figsize=(3 * len(arrays), 3 * sum(heights) + 1), layout="constrained", facecolor="black")
     figure.suptitle(title, color="white", fontsize=10)
     axes = figure.subplots(3, len(arrays), squeeze=False, height_ratios=heights)
-    colours = matplotlib.colormaps["tab20"].resampled(max(len(labels), 2))
+    colours = matplotlib.colormaps["gist_rainbow"].resampled(max(len(labels), 2))
     shown: set[int] = set()
     for line, (plane, (normal, across, up)) in zip(axes, PLANES.items(), strict=True):
         place = reference.shape[normal] // 2

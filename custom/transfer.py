@@ -16,7 +16,7 @@ PARTS = {"encoder": ("swinViT.", "encoder"), "decoder": ("decoder",), "both": ("
 
 
 def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a network: a state dict, alone or under "model" in a run's state.
+    """Read the weights of a network: a state dict, alone or under "model" (a run's state) or "state_dict".
 
     Nothing but tensors and plain values is unpickled.
 
@@ -31,7 +31,7 @@ def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
         raise BadInput(
             f"The checkpoint {checkpoint} can't be loaded, it is damaged or no PyTorch checkpoint: {str(error)[:200]}"
         ) from error
-    weights = content.get("model", content) if isinstance(content, Mapping) else None
+    weights = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise BadInput(f"The checkpoint {checkpoint} holds no network's weights; name a model.pt of a training.")
     return {name.removeprefix("module."): value for name, value in weights.items()}
@@ -92,8 +92,8 @@ def transfer(network: nn.Module, checkpoint: str | Path | None, parts: str = "bo
         )
     if not wanted:
         raise BadInput(
-            f"Nothing in the checkpoint {checkpoint} fits the network's {parts}: it has {len(weights)} tensors, such as "
-            f"{', '.join(list(weights)[:3])}; name the model.pt of a pre-training."
+            f"Nothing in the checkpoint {checkpoint} fits the network's {parts}: it has {len(weights)} tensors, such "
+            f"as {', '.join(list(weights)[:3])}; name the model.pt of a pre-training."
         )
     copy_model_state(network, wanted)
     left = {

@@ -45,7 +45,12 @@ def labelled_lists(phantoms) -> dict[str, Path]:
     lists = {}
     for kind in ("ct", "fetal"):
         entries = [
-            {"image": f"images/{kind}_00{n}.nii.gz", "label": f"labels/{kind}_00{n}.nii.gz", "modality": modality, "fold": n}
+            {
+                "image": f"images/{kind}_00{n}.nii.gz",
+                "label": f"labels/{kind}_00{n}.nii.gz",
+                "modality": modality,
+                "fold": n,
+            }
             for n, modality in enumerate(["ct" if kind == "ct" else "t2"] * 2)
         ]
         lists[kind] = phantoms / kind / "labelled.json"

@@ -1,31 +1,41 @@
 #!/usr/bin/env bash
-# From nothing to a picture of scans restored by a network that was just pre-trained: virtual environment, synthetic
-# scans, a short pre-training, evaluation. Arguments are overrides of the training, such as --max_iterations 200.
+# From nothing to a segmentation by a network that was just pre-trained: virtual environment, synthetic scans, a short
+# pre-training without labels, fine-tuning with labels, evaluation of both, pictures. Arguments are overrides of the
+# pre-training, such as --max_iterations 200. Interrupted, it goes on where it was.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" ""
 
 data=quickstart/phantoms
-bundle=bundles/dae_pretraining
-if [ ! -f $data/datalist.json ]; then
+if [ ! -f $data/fetal.json ]; then
     python -m tools.phantom $data --subjects 6 --shape 64
-    python -m tools.datalist $data/datalist.json --validation 0.2 \
+    python -m tools.datalist $data/all.json --validation 0.2 \
         ct=$data/ct/images t2=$data/fetal/images \
         "t1=$data/brain/images/*_t1.nii.gz" "t1ce=$data/brain/images/*_t1ce.nii.gz" \
         "t2=$data/brain/images/*_t2.nii.gz" "flair=$data/brain/images/*_flair.nii.gz"
+    python -m tools.datalist $data/fetal.json t2=$data/fetal/images --labels images=labels --validation 0.2
 fi
 
+# run BUNDLE CONFIGS DATALIST OVERRIDES...
 run() {
-    python -W ignore -m monai.bundle run --config_file "$1" --bundle_root $bundle --datalist $data/datalist.json \
-        --output_dir quickstart/run --ckpt_dir quickstart/run/models \
-        --feature_size 12 --patch_size "[64,64,64]" --num_workers 0 --val_pictures 6 "${@:2}"
+    python -W ignore -m monai.bundle run --config_file "$2" --bundle_root "bundles/$1" --datalist "$3" \
+        --output_dir "quickstart/$1" --ckpt_dir "quickstart/$1/models" \
+        --feature_size 12 --patch_size "[64,64,64]" --num_workers 0 "${@:4}"
 }
-run $bundle/configs/train.json \
+# train_and_evaluate BUNDLE DATALIST OVERRIDES...
+train_and_evaluate() {
+    local configs="bundles/$1/configs"
+    run "$1" "$configs/train.json" "${@:2}"
+    run "$1" "['$configs/train.json','$configs/evaluate.json']" "${@:2}"
+}
+train_and_evaluate dae_pretraining $data/all.json --val_pictures 6 \
     --max_iterations 120 --warmup_iterations 10 --learning_rate 0.004 --crops_per_volume 1 --val_interval 2 "$@"
-run "['$bundle/configs/train.json','$bundle/configs/evaluate.json']" "$@"
+train_and_evaluate feta_mri_segmentation $data/fetal.json --pretrained quickstart/dae_pretraining/models/model.pt \
+    --max_epochs 15 --batch_size 1 --crops_per_volume 1 --learning_rate 0.004 --val_interval 5
 
 cat <<END
 
-Look at the restored scans:   quickstart/run/evaluation/*.png
-Watch the training:           .venv/bin/tensorboard --logdir quickstart/run/tensorboard
+Look at the restored scans:   quickstart/dae_pretraining/evaluation/*.png
+Look at the segmentation:     quickstart/feta_mri_segmentation/evaluation/*.png
+Watch the training:           .venv/bin/tensorboard --logdir quickstart
 Next, your own scans:         .venv/bin/python -m tools.datalist my_scans.json ct=/folder/of/ct t1=/folder/of/t1
 END

@@ -11,7 +11,7 @@ import torch
 from custom.data import LoadScand
 from custom.errors import BadInput, sentence
 from custom.network import DisruptiveAutoencoder
-from tests.conftest import monai_bundle
+from tests.conftest import SEGMENTATION, monai_bundle
 
 
 def write(path, array) -> str:
@@ -172,3 +172,82 @@ def test_the_sentence_survives_wrapping():
     except RuntimeError as error:
         assert sentence(error) == "the file is bad"
     assert sentence(ValueError("another error")) is None
+
+
+def labelled(tmp_path, label=None, affine=None, **entry) -> dict:
+    """Overrides for a segmentation bundle with a data list of one scan and a label map."""
+    label = np.zeros((64, 32, 32)) if label is None else label
+    nibabel.Nifti1Image(np.asarray(label, np.float32), np.eye(4) if affine is None else affine).to_filename(
+        tmp_path / "label.nii.gz"
+    )
+    case = {
+        "image": write(tmp_path / "good.nii.gz", noise(64, 32, 32)),
+        "label": str(tmp_path / "label.nii.gz"),
+    } | entry
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"training": [case], "validation": [case]}))
+    return {"datalist": path, "output_dir": tmp_path, "ckpt_dir": tmp_path}
+
+
+def no_label(path) -> dict:
+    case = {"image": str(path / "good.nii.gz"), "label": str(path / "no.nii")}
+    (path / "no.json").write_text(json.dumps({"training": [case]}))
+    return {"datalist": path / "no.json"}
+
+
+def other_size(path) -> str:
+    torch.save(DisruptiveAutoencoder(feature_size=24).state_dict(), path)
+    return str(path)
+
+
+SEGMENTATIONS = {
+    "an id outside the classes": (lambda path: labelled(path, np.full((64, 32, 32), 40)), "label.nii.gz holds 40, but"),
+    "another shape": (lambda path: labelled(path, np.zeros((64, 32, 31))), "label.nii.gz has the shape (64, 32, 31)"),
+    "another place": (lambda path: labelled(path, affine=np.diag([-1, 1, 1, 1])), "label.nii.gz lies elsewhere than"),
+    "no label file": (
+        lambda path: labelled(path) | no_label(path),
+        "no.nii of the data list",
+    ),
+    "no fold": (lambda path: labelled(path, fold=1) | {"fold": 5}, "list.json has the folds [1], not 5; give --fold"),
+    "no labels": (lambda path: labelled(path) | {"label_fraction": 0}, "--label_fraction is a share above 0"),
+    "a missing pre-training": (
+        lambda path: labelled(path) | {"pretrained": path / "no.pt"},
+        "no.pt; train first, or name another",
+    ),
+    "a pre-training of another size": (
+        lambda path: labelled(path) | {"pretrained": other_size(path / "other.pt")},
+        "other.pt is of a network of another size: swinViT.patch_embed.proj.weight is (24, 1, 2, 2, 2) there and (12,",
+    ),
+    "an unknown part": (lambda path: labelled(path) | {"transfer": "encodr"}, "--transfer is one of"),
+    "other channels": (
+        lambda path: labelled(path) | {"in_channels": 4},
+        "good.nii.gz is not a 3D volume of 4 channels",
+    ),
+    "a misspelt id": (lambda path: labelled(path) | {"val_intervall": 1}, "did you mean `val_interval`?"),
+}
+
+
+@pytest.mark.parametrize("kind", SEGMENTATIONS)
+def test_bad_input_of_the_segmentation_bundles(kind, tmp_path):
+    """Of one of them: they differ in nothing that this depends on (test_configs)."""
+    make, expected = SEGMENTATIONS[kind]
+    assert expected in spoken(monai_bundle("train", bundle=SEGMENTATION[0], max_epochs=1, **make(tmp_path)))
+
+
+def test_an_ensemble_of_wrong_checkpoints(tmp_path):
+    scan = {"dataset_dir": write(tmp_path / "good.nii.gz", noise(64, 32, 32)), "output_dir": tmp_path}
+    for checkpoints, expected in (
+        ([], "--checkpoints is a list"),
+        ([str(tmp_path / "no.pt")], "no.pt; train first"),
+        ([other_size(tmp_path / "other.pt")], "other.pt can't be loaded, it is of another network"),
+    ):
+        done = monai_bundle("inference", "ensemble", bundle=SEGMENTATION[1], checkpoints=checkpoints, **scan)
+        assert expected in spoken(done)
+
+
+@pytest.mark.parametrize("wrong, close", [("validate#infererr", "validate#inferer"), ("val_intervall", "val_interval")])
+def test_a_misspelt_id_of_a_user_s_overlay(wrong, close, tmp_path):
+    overlay = tmp_path / "mine.json"
+    overlay.write_text(json.dumps({wrong: 3}))
+    done = monai_bundle("train", str(overlay.with_suffix("")), bundle=SEGMENTATION[0], **labelled(tmp_path))
+    assert f"Nothing uses the id `{wrong}`; did you mean `{close}`?" in spoken(done)

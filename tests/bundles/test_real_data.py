@@ -5,8 +5,12 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.networks import one_hot
+from monai.transforms import Compose
 
-from tests.conftest import metrics, monai_bundle
+from tests.conftest import SEGMENTATION, folders, metrics, monai_bundle
 from tools import datalist
 
 
@@ -37,3 +41,51 @@ def test_an_epoch_on_all_five_modalities_and_inference_in_the_scan_s_geometry(re
     assert done.returncode == 0, done.stderr
     source, restored = nibabel.load(scan), nibabel.load(tmp_path / "abdomen_slab_3mm_restored.nii.gz")
     assert restored.shape == source.shape and np.allclose(restored.affine, source.affine, atol=1e-4)
+
+
+BTCV, FETA = SEGMENTATION
+
+
+@pytest.mark.parametrize(
+    "bundle, folder, name", [(BTCV, "ct", "abdomen_slab_3mm"), (FETA, "fetal_mri", "fetal_SB_atlas_GA28_operated")]
+)
+def test_a_perfect_network_gives_back_the_labels(bundle, folder, name, real_data):
+    """Through orientation, spacing, cropping and their inverses: the ids, and where they are, survive."""
+    train, inference = ConfigParser(), ConfigParser()
+    train.read_config(str(bundle / "configs/train.json"))
+    inference.read_config(str(bundle / "configs/inference.json"))
+    labels = inference["labels"]
+    image, label = (str(real_data / folder / kind / f"{name}.nii.gz") for kind in ("images", "labels"))
+    # What training shows a network, up to the first random transform, and what inference makes of its answer.
+    steps = train.get_parsed_content("train#preprocessing").transforms
+    shown = Compose(steps[: [type(step).__name__ for step in steps].index("SpatialPadd")])(
+        {"image": image, "label": label}
+    )
+    given = inference.get_parsed_content("preprocessing")({"image": image})["image"]
+    assert torch.equal(torch.as_tensor(shown["image"]), torch.as_tensor(given))
+    logits = given.new_tensor(10 * one_hot(torch.as_tensor(shown["label"])[None], len(labels))[0])
+    logits.copy_meta_from(given)
+    back = Compose(inference.get_parsed_content("postprocessing").transforms[:-1])({"pred": logits, "image": given})[
+        "pred"
+    ]
+    truth, back = np.asarray(nibabel.load(label).dataobj), np.asarray(back[0])
+    assert back.shape == truth.shape
+    for number in range(1, len(labels)):
+        if (truth == number).sum() > 200:
+            mine, true = back == number, truth == number
+            assert 2 * (mine & true).sum() / (mine.sum() + true.sum()) > 0.9, labels[number]
+
+
+def test_a_labelled_ct_trains_and_a_torso_is_segmented_in_its_own_geometry(real_data, tmp_path):
+    entry = {"image": "images/abdomen_slab_3mm.nii.gz", "label": "labels/abdomen_slab_3mm.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry], "validation": [entry]}))
+    coarse = {"bundle": BTCV, "pixdim_mm": [4, 4, 4], "dataset_dir": real_data / "ct"}
+    done = monai_bundle("train", datalist=tmp_path / "list.json", max_epochs=1, **coarse, **folders(tmp_path))
+    assert done.returncode == 0, done.stderr
+    scan = real_data / "ct" / "images" / "torso_3mm.nii.gz"
+    out = {"ckpt_dir": tmp_path / "models", "output_dir": tmp_path / "out", "overlap": 0.25}
+    done = monai_bundle("inference", **{**coarse, "dataset_dir": scan}, **out)
+    assert done.returncode == 0, done.stderr
+    source, predicted = nibabel.load(scan), nibabel.load(tmp_path / "out" / "torso_3mm_seg.nii.gz")
+    assert predicted.shape == source.shape and np.allclose(predicted.affine, source.affine, atol=1e-4)
+    assert set(np.unique(predicted.dataobj)) <= set(range(14))

@@ -39,7 +39,10 @@ def test_exactly_the_parts_asked_for_come_over(parts, prefixes, pretrained, capl
         came += expected
         assert torch.equal(value, weights[name] if expected else before[name]), name
         assert (name in left) is not expected
-    assert {name for name in left if left[name] == "the output layer is new"} == {"out.conv.conv.weight", "out.conv.conv.bias"}
+    assert {name for name in left if left[name] == "the output layer is new"} == {
+        "out.conv.conv.weight",
+        "out.conv.conv.bias",
+    }
     assert f"{came} of {len(before)} tensors start from {pretrained} (--transfer {parts})" in caplog.text
     assert "2 start anew, the output layer is new: out.conv.conv.bias, out.conv.conv.weight" in caplog.text
 
@@ -70,7 +73,9 @@ def test_the_state_of_a_run_and_of_parallel_training_are_read_too(pretrained, tm
     torch.save({"model": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}, tmp_path / "run.pt")
     network = segmentation_network()
     transfer(network, tmp_path / "run.pt")
-    assert torch.equal(network.state_dict()["swinViT.patch_embed.proj.weight"], weights["swinViT.patch_embed.proj.weight"])
+    assert torch.equal(
+        network.state_dict()["swinViT.patch_embed.proj.weight"], weights["swinViT.patch_embed.proj.weight"]
+    )
 
 
 def test_what_a_checkpoint_lacks_is_reported(pretrained, tmp_path, caplog):
@@ -78,8 +83,12 @@ def test_what_a_checkpoint_lacks_is_reported(pretrained, tmp_path, caplog):
     weights = {name: value for name, value in read_weights(pretrained).items() if name.startswith("swinViT")}
     torch.save({**weights, "extra": torch.ones(1)}, tmp_path / "encoder.pt")
     left = transfer(segmentation_network(), tmp_path / "encoder.pt")
-    assert left["encoder10.layer.conv1.conv.weight"] == left["decoder1.transp_conv.conv.weight"] == "not in the checkpoint"
-    assert "start anew, not in the checkpoint: decoder1" in caplog.text and "no place in the network: extra" in caplog.text
+    assert (
+        left["encoder10.layer.conv1.conv.weight"] == left["decoder1.transp_conv.conv.weight"] == "not in the checkpoint"
+    )
+    assert (
+        "start anew, not in the checkpoint: decoder1" in caplog.text and "no place in the network: extra" in caplog.text
+    )
 
 
 class Code:

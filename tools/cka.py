@@ -1,0 +1,297 @@
+"""Tell how alike the features of two networks are, stage by stage: linear centred kernel alignment (CKA).
+
+    python -m tools.cka OUT --bundle bundles/feta_mri_segmentation --checkpoint fine.pt --other pre.pt --datalist L.json
+
+Each checkpoint, of a pre-training or a segmentation, is loaded into its bundle's network in eval mode, where nothing is
+masked. Both networks see the same crops, undisrupted and preprocessed as by --bundle, and are compared at the same
+positions. CKA is 1 for features that differ by a rotation and a scale only, and about 0 for unrelated ones. Written to
+OUT: cka.csv, cka.md, cka.png. As the paper's analysis of what fine-tuning changes (Table 7).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import csv
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from monai.bundle import ConfigParser
+from monai.networks.nets import SwinUNETR
+from monai.transforms import RandSpatialCropSamplesd, SpatialPadd
+from tqdm import tqdm
+
+from custom.data import read_datalist
+from custom.errors import BadInput, sentence
+from custom.published import AxisPermutation
+from custom.workflow import check_patch_size
+from tools.weights import BLOCK, convert, read, recognise
+
+DECODERS = ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1")  # in the order in which they are called
+STAGES = ("patch embedding", "stage 1", "stage 2", "stage 3", "stage 4", *DECODERS)
+
+
+class Row(NamedTuple):
+    """One stage: how many samples, channels of either network, and the CKA."""
+
+    stage: str
+    samples: int
+    channels: int
+    other_channels: int
+    cka: float
+
+
+def hsic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Estimate the Hilbert-Schmidt independence criterion of two linear kernels without bias.
+
+    Args:
+        x, y: centred features of the same n > 3 samples.
+
+    Shapes:
+        x: (n, C); y: (n, C').
+
+    Source:
+        Song et al., "Feature selection via dependence maximization", JMLR 2012, equation 5. It asks for the n x n
+        kernels without their diagonals. The estimate does not change when features are shifted, and with centred ones
+        the rows of those kernels sum to minus the diagonals: three terms in the space of the channels are left.
+    """
+    n, x_diagonal, y_diagonal = len(x), x.square().sum(1), y.square().sum(1)
+    traces = x_diagonal.sum() * y_diagonal.sum() / ((n - 1) * (n - 2))
+    return ((x.T @ y).square().sum() - n / (n - 2) * (x_diagonal @ y_diagonal) + traces) / (n * (n - 3))
+
+
+def cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Return the debiased linear CKA of the features of two networks.
+
+    The plain estimate grows with the ratio of channels to samples: for independent normal features of n samples and C
+    channels it is about C / (n + C), and the deepest stage has many channels and few positions. This one, a ratio of
+    unbiased estimates, is about 0 then (and can be a little below). Neither knows that neighbouring positions are
+    alike, so that they tell less than as many independent samples.
+
+    Args:
+        x, y: features of the same samples.
+
+    Shapes:
+        x: (n, C); y: (n, C').
+
+    Returns:
+        at most 1; not a number for features that are constant.
+
+    Raises:
+        BadInput: for fewer than 4 samples.
+
+    Source:
+        Kornblith et al., "Similarity of neural network representations revisited", ICML 2019; with the estimates of
+        Nguyen et al., "Do wide and deep networks learn the same things?", ICLR 2021, equation 3.
+    """
+    if len(x) < 4:
+        raise BadInput(f"CKA takes at least 4 positions of a stage, got {len(x)}; give more --crops or --samples.")
+    x, y = (features.double() - features.double().mean(0) for features in (x, y))
+    return (hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()).item()
+
+
+def load(bundle: str, checkpoint: str, settings: Iterable[tuple[str, Any]] = ()) -> tuple[SwinUNETR, ConfigParser]:
+    """Make a bundle's network with the weights of a checkpoint, of the size that they are of.
+
+    Args:
+        bundle: its folder.
+        checkpoint: weights of this project, or published ones as they are or converted.
+        settings: ids and values to set in the config, where it has them.
+
+    Returns:
+        the network in eval mode, and the bundle's inference config.
+
+    Raises:
+        BadInput: for a folder without a bundle, or weights that are not a whole Swin UNETR's.
+    """
+    files = [Path(bundle, "configs", f"{name}.json") for name in ("inference", "published")]
+    if not all(file.is_file() for file in files):
+        raise BadInput(f"{bundle} is no bundle's folder, it has no configs/inference.json and configs/published.json.")
+    weights, parser = read(checkpoint).weights, ConfigParser()
+    try:
+        source = recognise(weights)
+        parser.read_config([str(file) for file in files[: 1 + source.repeats_octants]])
+        feature_size, channels = source.stem.shape[:2]
+        sizes = {"feature_size": feature_size, "in_channels": channels, "network_def#in_channels": channels}
+        sizes |= {"network_def#out_channels": source.classes, "network_def#block_embedding": BLOCK in source.tensors}
+        for name, value in {"disruptions": [], **sizes, **dict(settings)}.items():
+            if name in parser:
+                parser[name] = value
+        if not source.classes:
+            raise BadInput("These weights are an encoder's alone; train with them first.")
+        network = parser.get_parsed_content("network")
+        network.load_state_dict(convert(source, network)[0])
+    except BadInput as error:
+        raise BadInput(f"{checkpoint}: {error}") from None  # of two checkpoints, which
+    return network.eval(), parser
+
+
+@torch.no_grad()
+def stage_features(network: SwinUNETR, image: torch.Tensor) -> list[torch.Tensor]:
+    """Return what each of the `STAGES` gives for an image; those of the encoder as the decoder reads them.
+
+    Shapes:
+        image: (1, channels, D, H, W); features: (1, C, d, h, w).
+    """
+    found: list = []
+    modules = [getattr(network, name) for name in ("swinViT", *DECODERS)]
+    hooks = [module.register_forward_hook(lambda *call: found.append(call[-1])) for module in modules]
+    network(image)
+    for hook in hooks:
+        hook.remove()
+    hidden, *decoded = found
+    return [*hidden, *decoded]
+
+
+def compare(networks: Sequence[SwinUNETR], images: Iterable[torch.Tensor], positions: int, seed: int) -> list[Row]:
+    """Compare two networks at the same random positions of images.
+
+    Args:
+        positions: to take of each image at each stage, at the most.
+        seed: of their choice.
+
+    Shapes:
+        images: each (1, channels, D, H, W).
+
+    Raises:
+        BadInput: see `cka`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples: list = [([], []) for _ in STAGES]
+    for image in images:
+        found = [stage_features(network, image.to(next(network.parameters()).device)) for network in networks]
+        for kept, pair in zip(samples, zip(*found, strict=True), strict=True):
+            places = torch.randperm(pair[0][0, 0].numel(), generator=generator)[:positions]
+            for side, features in zip(kept, pair, strict=True):
+                side.append(features[0].flatten(1)[:, places.to(features.device)].T.cpu())
+    pairs = [[torch.cat(side) for side in kept] for kept in samples]
+    return [Row(name, *x.shape, y.shape[1], cka(x, y)) for name, (x, y) in zip(STAGES, pairs, strict=True)]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown, aligned so that it reads well as it is."""
+    cells = [[name.replace("_", " ") for name in Row._fields]]
+    cells += [[*map(str, row[:-1]), f"{row.cka:.3f}"] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells)
+
+
+def draw(rows: Sequence[Row], title: str) -> Figure:
+    """Bars of the CKA of each stage, the encoder's in one colour and the decoder's in another."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    colours = ["tab:orange" if row.stage in DECODERS else "tab:blue" for row in rows]
+    bars = axis.bar([row.stage for row in rows], [row.cka for row in rows], color=colours)
+    axis.bar_label(bars, fmt="%.2f")
+    axis.set(ylim=(min(0, *(row.cka for row in rows)), 1.08), ylabel="linear CKA, debiased")
+    axis.set_title(title, fontsize=9)
+    axis.tick_params(axis="x", rotation=30)
+    return figure
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, compare, print and write.
+
+    Raises:
+        BadInput: for wrong arguments, checkpoints or scans; no file is written then.
+    """
+    if options.crops < 1:
+        raise BadInput(f"--crops is at least 1, got {options.crops}.")
+    bundles = options.bundle, options.other_bundle or options.bundle
+    checkpoints = options.checkpoint, options.other
+    loaded = [load(*pair, options.set) for pair in zip(bundles, checkpoints, strict=True)]
+    networks, parsers = zip(*loaded, strict=True)
+    for name, _ in options.set:
+        if not any(name in parser for parser in parsers):
+            raise BadInput(f"--set {name}: neither bundle's inference config has this id.")
+    channels = [parser["network_def#in_channels"] for parser in parsers]
+    if channels[0] != channels[1]:
+        raise BadInput(f"The networks take {channels[0]} and {channels[1]} input channels, but have to see the same.")
+    if len({any(isinstance(part, AxisPermutation) for part in network.modules()) for network in networks}) > 1:
+        raise BadInput(
+            "One network permutes the axes of its embedding, as published, and the other does not, so that their "
+            "positions are not the same; --set permuted_axes=False compares without it, as the fine-tuning starts."
+        )
+    parser = parsers[0]
+    patch_size = options.patch_size or parser["patch_size"]
+    check_patch_size(patch_size)
+    folder = options.dataset_dir or os.path.dirname(os.path.abspath(options.datalist))
+    modalities = list(parser["modalities"]) if "modalities" in parser else None
+    items = read_datalist(options.datalist, options.section, folder, modalities, fold=options.fold)
+    preprocessing = parser.get_parsed_content("dataset#transform")
+    pad = SpatialPadd("image", patch_size)
+    crop = RandSpatialCropSamplesd("image", patch_size, options.crops, random_size=False)
+    crop.set_random_state(options.seed)
+    count = len(items) * options.crops
+    crops = (part["image"].as_tensor()[None] for item in items for part in crop(pad(preprocessing(item))))
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)  # before the work: it may not be allowed
+    rows = compare(networks, tqdm(crops, "crops", count), max(1, options.samples // count), options.seed)
+
+    size = "x".join(map(str, patch_size))
+    about = f"Debiased linear CKA of {options.checkpoint} and {options.other}: {options.crops} crops of {size} "
+    about += f'of each of {len(items)} scans, "{options.section}" of {options.datalist}, seed {options.seed}.'
+    with (out / "cka.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
+    (out / "cka.md").write_text(f"{about}\n\n{table(rows)}\n")
+    draw(rows, f"{options.checkpoint}\n{options.other}").savefig(out / "cka.png", dpi=120)
+    print(f"{about}\n\n{table(rows)}\n\nTable and picture: {out}/cka.csv, cka.md, cka.png")
+    print("Next: the same with --other from a training from scratch; what it has in common comes without pre-training.")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """Split ID=VALUE and evaluate the value, as `monai.bundle` does."""
+    name, _, value = text.partition("=")
+    with contextlib.suppress(ValueError, SyntaxError):
+        return name, ast.literal_eval(value)
+    return name, value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
+    about, _, usage = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.cka",
+        description=about,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder to write to")
+    add("--bundle", required=True, metavar="DIR", help="bundle of --checkpoint; its preprocessing is that of both")
+    add("--checkpoint", required=True, metavar="FILE", help="weights of the one network")
+    add("--other_bundle", metavar="DIR", help="bundle of --other (--bundle)")
+    add("--other", required=True, metavar="FILE", help="weights of the other network")
+    add("--datalist", required=True, metavar="FILE", help="scans to compare on; labels are not needed")
+    add("--dataset_dir", metavar="DIR", help="where relative paths in it start (its own folder)")
+    add("--section", default="validation", help="of the data list (%(default)s)")
+    add("--fold", type=int, metavar="N", help="of the data list: --section of this fold, not of the list")
+    add("--crops", type=int, default=4, metavar="N", help="random crops of each scan (%(default)s)")
+    add("--patch_size", type=int, nargs=3, metavar="N", help="of a crop, in voxels (the bundle's)")
+    add("--samples", type=int, default=20000, metavar="N", help="positions of a stage, at most, in all (%(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="of crops and positions (%(default)s)")
+    add("--set", type=setting, action="append", default=[], metavar="ID=VALUE", help="an id of the bundles' "
+        "inference configs that a training had otherwise, such as 'pixdim_mm=[1,1,1]'; may be repeated")  # fmt: skip
+    try:
+        run(parser.parse_args(argv))
+    except KeyboardInterrupt:
+        print("cka: stopped, nothing was written.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        said = str(error) if isinstance(error, OSError) else sentence(error)  # MONAI wraps what a transform raises
+        if said is None:
+            raise
+        print(f"cka: {said}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
