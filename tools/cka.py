@@ -243,7 +243,7 @@ def run(options: argparse.Namespace) -> None:
     (out / "cka.md").write_text(f"{about}\n\n{table(rows)}\n")
     draw(rows, f"{options.checkpoint}\n{options.other}").savefig(out / "cka.png", dpi=120)
     print(f"{about}\n\n{table(rows)}\n\nTable and picture: {out}/cka.csv, cka.md, cka.png")
-    print("Next: the same with --other from a training from scratch; what it has in common comes without pre-training.")
+    print("Next: the same with a --checkpoint trained from scratch; what that shares with --other is not inherited.")
 
 
 def setting(text: str) -> tuple[str, Any]:
