@@ -93,6 +93,8 @@ class Pictures:
         cases: draw only so many; None for all.
     """
 
+    kind = "case"  # its group in TensorBoard
+
     def __init__(self, output_dir: str | None = None, summary_writer=None, cases: int | None = None) -> None:
         self.output_dir = output_dir
         self.summary_writer = summary_writer
@@ -121,11 +123,13 @@ class Pictures:
                 Path(self.output_dir).mkdir(parents=True, exist_ok=True)
                 figure.savefig(Path(self.output_dir) / f"{name}.png", dpi=80)
             if self.summary_writer is not None:
-                self.summary_writer.add_figure(item["case"], figure, engine.state.epoch, close=False)
+                self.summary_writer.add_figure(f"{self.kind}/{item['case']}", figure, engine.state.epoch, close=False)
 
 
 class RestorationPictures(Pictures):
     """Draw the original, the disrupted and the restored scan: "label", "image" and "pred" of a decollated output."""
+
+    kind = "restoration"
 
     def figure(self, item: Mapping[str, Any], output: Mapping[str, torch.Tensor]) -> Figure:
         columns = {"original": "label", "disrupted": "image", "restored": "pred"}
@@ -140,6 +144,8 @@ class SegmentationPictures(Pictures):
         labels: names of the classes, background first.
         kwargs: see `Pictures`.
     """
+
+    kind = "segmentation"
 
     def __init__(self, labels: Sequence[str], **kwargs) -> None:
         super().__init__(**kwargs)

@@ -9,7 +9,8 @@ import torch
 from monai.networks.nets import SwinUNETR
 from skimage.measure import label as components
 
-from tests.conftest import SEGMENTATION, TORCHRUN, folders, metrics, monai_bundle
+from tests.conftest import ROOT, SEGMENTATION, TORCHRUN, folders, metrics, monai_bundle
+from tools import weights as weights_tool
 
 BTCV, FETA = SEGMENTATION
 KIND = {BTCV: "ct", FETA: "fetal"}
@@ -227,3 +228,20 @@ def test_two_processes_train_and_evaluate(labelled_lists, tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1 and len(metrics(tmp_path)) == 1
     run(FETA, "train", "multi_gpu_train", "evaluate", **arguments, **folders(tmp_path))
     assert rows_of(tmp_path / "evaluation" / "val_mean_dice_raw.csv")
+
+
+def test_a_published_pre_training_is_fine_tuned_from(labelled_lists, tmp_path):
+    """Weights filled at random, with the names and shapes of the published ones, by way of tools.weights."""
+    published = json.loads((ROOT / "tests/fixtures/published_networks.json").read_text())["networks"]["pretrain_fs12"]
+    generator = torch.Generator().manual_seed(0)
+    source = {name: torch.randn(shape, generator=generator) for name, shape in published["manifest"].items()}
+    torch.save({"model": source}, tmp_path / "published.pth")
+    assert weights_tool.main([str(tmp_path / "published.pth"), str(tmp_path / "converted.pt")]) == 0
+    more = {"datalist": labelled_lists["fetal"], "pretrained": tmp_path / "converted.pt", "max_epochs": 1}
+    done = run(FETA, "train", "published", learning_rate=0, **more, **folders(tmp_path))
+    begun = weights(tmp_path)
+    backbone = {name: value for name, value in begun.items() if not name.startswith("out.")}
+    assert f"{len(backbone)} of {len(begun)} tensors start from {tmp_path}/converted.pt" in done.stdout
+    assert "2 start anew, the output layer is new: out.conv.conv.bias, out.conv.conv.weight" in done.stdout
+    converted = torch.load(tmp_path / "converted.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, converted[name]) for name, value in backbone.items())
