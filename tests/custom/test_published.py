@@ -6,6 +6,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from custom.errors import BadInput
 from custom.network import DisruptiveAutoencoder
 from custom.published import AxisPermutation, RepeatedOctantMerging, SharedLocalMasking, SwinUNETRVariant
 from custom.transfer import load_weights
-from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION
+from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, monai_bundle
 from tools import weights as weights_tool
 
 # Where the numbers come from and how weights and images are made stands in the file.
@@ -117,6 +118,26 @@ def test_outputs_and_hidden_states_are_the_published_ones(network, seed, case, c
     output, hidden = differences(model, network, seed, case)
     print(f"{network} seed {seed} {case}: output {output:.1e}, hidden states {hidden:.1e}")
     assert output < 1e-5 and hidden < 1e-5
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_inference_by_the_command_line_gives_the_published_output(seed, converted, tmp_path):
+    """Of a scan that is one patch, neither normalised nor disrupted."""
+    published = PUBLISHED["pretrain_fs12"]
+    scan = np.random.RandomState(int(seed)).rand(*[published["side"]] * 3).astype(np.float32)
+    nibabel.Nifti1Image(scan, np.eye(4)).to_filename(tmp_path / "scan.nii")
+    plain = {"disruptions": [], "modalities": {"ct": {"_target_": "Identity"}}, "patch_size": [published["side"]] * 3}
+    files = {
+        "dataset_dir": tmp_path / "scan.nii",
+        "output_dir": tmp_path,
+        "checkpoint": converted("pretrain_fs12", seed),
+    }
+    done = monai_bundle("inference", "published", **plain, **files)
+    assert done.returncode == 0, done.stderr
+    restored = np.asarray(nibabel.load(tmp_path / "scan_restored.nii.gz").dataobj)
+    expected = published["outputs"][seed]["denoise"]
+    assert np.abs(restored.ravel()[published["index"]] - expected["samples"]).max() < 1e-5
+    assert abs(restored.mean(dtype=float) - expected["mean"]) < 1e-5
 
 
 @pytest.mark.parametrize("switch", [{"network_def__repeated_octants": False}, {"network_def__normalize": True}])
