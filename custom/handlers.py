@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
+from ignite.handlers import ProgressBar
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader
 
@@ -82,61 +83,20 @@ class LoadCheckpoint(CheckpointLoader):
             ) from error
 
 
-class RunState:
-    """Save the state of a training run after every epoch, and go on from it when the run is started again.
-
-    Files are written beside and moved into place, so that a kill leaves a whole one; the last two are kept. Attach it
-    after all handlers whose work should be in the state, such as validation.
-
-    Args:
-        run_dir: folder of the run; a run is resumed if it holds a `checkpoint_epoch=N.pt`.
-        objects: what has a state beside the trainer: model, optimizer, ...
-        resume: False starts anew, whatever the folder holds.
-        map_location: device to load to.
-
-    Raises:
-        BadInput: for a checkpoint that can't be loaded.
-    """
-
-    def __init__(self, run_dir: str, objects: dict[str, Any], resume: bool = True, map_location=None) -> None:
-        self.run_dir = Path(run_dir)
-        self.objects = objects
-        self.resume = resume
-        self.map_location = map_location
-
-    def attach(self, engine: Engine) -> None:
-        # The trainer is added here because its handlers, and so this one, are made before it.
-        self.checkpoint = Checkpoint(
-            {**self.objects, "trainer": engine},
-            DiskSaver(self.run_dir, atomic=True, require_empty=False),
-            filename_pattern="checkpoint_epoch={global_step}.pt",
-            global_step_transform=lambda engine, _: engine.state.epoch,
-            include_self=True,
-            n_saved=2,
-        )
-        engine.add_event_handler(Events.STARTED, self.load)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.checkpoint)
-
-    def load(self, engine: Engine) -> None:
-        found = sorted(self.run_dir.glob("checkpoint_epoch=*.pt"), key=lambda file: int(file.stem.split("=")[1]))
-        if not self.resume or not found:
-            return
-        load_dict = {**self.checkpoint.to_save, "checkpointer": self.checkpoint}
-        LoadCheckpoint(str(found[-1]), load_dict, map_location=self.map_location)(engine)
-        state = engine.state
-        logger.info(f"Resuming from {found[-1]}: {state.epoch} of {state.max_epochs} epochs are done.")
-        if state.epoch >= state.max_epochs:
-            logger.info("Nothing is left to train: raise --max_epochs, or start anew in another --output_dir.")
-
-
 class StopOnNaN:
-    """Stop before a loss that is NaN or infinite reaches the weights, and name the cases of the batch.
+    """Stop before a loss that is NaN or infinite reaches the weights, name the cases of the batch and keep it.
 
     Attach it before whatever saves the weights.
+
+    Args:
+        dump_dir: folder that the batch is written to, as `nan_batch_rank=N.pt`.
 
     Raises:
         BadInput: from the training loop.
     """
+
+    def __init__(self, dump_dir: str) -> None:
+        self.dump_dir = Path(dump_dir)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
@@ -145,9 +105,12 @@ class StopOnNaN:
         loss = engine.state.output["loss"]
         if not torch.isfinite(loss):
             cases = ", ".join(dict.fromkeys(engine.state.batch["case"]))
+            dump = self.dump_dir / f"nan_batch_rank={idist.get_rank()}.pt"
+            dump.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({name: engine.state.batch[name] for name in ("case", "image", "label")}, dump)
             raise BadInput(
                 f"The loss is {loss.item()} in iteration {engine.state.iteration}, with the cases {cases}; look at "
-                f"these files, or lower --learning_rate. The last checkpoint is untouched."
+                f"these files and at the batch in {dump}, or lower --learning_rate. The last checkpoint is untouched."
             )
 
 

@@ -127,10 +127,10 @@ def test_bad_checkpoints(kind, configs, tmp_path, small_list, phantoms):
 def test_resuming_with_other_settings(tmp_path, small_list):
     arguments = {"datalist": small_list, "output_dir": tmp_path, "ckpt_dir": tmp_path, "max_epochs": 1}
     assert monai_bundle("train", **arguments).returncode == 0
-    before = (tmp_path / "checkpoint_epoch=1.pt").read_bytes()
+    before = (tmp_path / "checkpoint_iteration=1.pt").read_bytes()
     done = monai_bundle("train", **{**arguments, "network_def__feature_size": 24})
-    assert "checkpoint_epoch=1.pt can't be loaded" in spoken(done)
-    assert (tmp_path / "checkpoint_epoch=1.pt").read_bytes() == before
+    assert "checkpoint_iteration=1.pt can't be loaded" in spoken(done)
+    assert (tmp_path / "checkpoint_iteration=1.pt").read_bytes() == before
 
 
 def test_a_loss_that_is_nan_names_the_cases_and_leaves_the_checkpoint(tmp_path, small_list):
@@ -139,7 +139,7 @@ def test_a_loss_that_is_nan_names_the_cases_and_leaves_the_checkpoint(tmp_path, 
     message = spoken(monai_bundle("train", **arguments, max_epochs=3, learning_rate=1e38, warmup_iterations=2))
     assert "The loss is" in message and "iteration 3" in message
     assert "ct_000.nii.gz" in message and "ct_001.nii.gz" in message
-    weights = torch.load(tmp_path / "checkpoint_epoch=1.pt", weights_only=True)["model"]
+    weights = torch.load(tmp_path / "checkpoint_iteration=1.pt", weights_only=True)["model"]
     assert all(value.isfinite().all() for value in weights.values())
 
 

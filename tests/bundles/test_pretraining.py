@@ -126,25 +126,31 @@ def kill_all(argument: str) -> None:
 
 
 @pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["one process", "torchrun"])
-def test_a_killed_run_goes_on_from_its_last_checkpoint_and_says_so(launcher, small_list, tmp_path):
+def test_a_killed_run_says_so_and_ends_as_one_that_was_not(launcher, small_list, tmp_path):
     configs = ["train"] if len(launcher) == 1 else ["train", "multi_gpu_train"]
-    arguments = {"datalist": small_list, "crops_per_volume": 4, "batch_size": 1, **folders(tmp_path)}
+    arguments = {"datalist": small_list, "crops_per_volume": 4, "batch_size": 1, "max_epochs": 3}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = monai_bundle(*configs, launcher=launcher, **arguments, **folders(whole))
+    assert done.returncode == 0, done.stderr
+
     files = [str(PRETRAINING / "configs" / f"{name}.json") for name in configs]
     command = [*launcher, "-m", "monai.bundle", "run", "--config_file", str(files)]
-    command += overrides(bundle_root=PRETRAINING, max_epochs=50, **SMALL, **arguments)
+    command += overrides(bundle_root=PRETRAINING, **SMALL, **arguments, **folders(killed))
+    first = f"checkpoint_iteration={8 // len(configs)}.pt"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while not (tmp_path / "checkpoint_epoch=2.pt").exists():
+        while not (killed / first).exists():
             assert run.poll() is None, "ended before its second epoch"
             time.sleep(0.05)
         time.sleep(0.5)  # into the next epoch
-        kill_all(str(tmp_path))
-    last = max(int(path.stem.split("=")[1]) for path in tmp_path.glob("checkpoint_epoch=*.pt"))
-    done = monai_bundle(*configs, launcher=launcher, max_epochs=last + 1, **arguments)
+        kill_all(str(killed))
+    done = monai_bundle(*configs, launcher=launcher, **arguments, **folders(killed))
     assert done.returncode == 0, done.stderr
-    assert f"Resuming from {tmp_path}/checkpoint_epoch={last}.pt" in done.stdout
-    assert [line["epoch"] for line in metrics(tmp_path)] == list(range(1, last + 2))
+    assert f"Resuming from {killed}/checkpoint_iteration=" in done.stdout
+    assert metrics(killed) == metrics(whole) and len(metrics(whole)) == 3
+    weights, expected = (torch.load(run / "models" / "model.pt", weights_only=True) for run in (killed, whole))
+    assert all(torch.equal(value, weights[name]) for name, value in expected.items())
     # Nothing is left to train now, and the command says so.
-    done = monai_bundle(*configs, launcher=launcher, max_epochs=last + 1, **arguments)
+    done = monai_bundle(*configs, launcher=launcher, **arguments, **folders(killed))
     assert "Nothing is left to train" in done.stdout
 
 

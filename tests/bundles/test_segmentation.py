@@ -121,7 +121,7 @@ def test_inference_gives_one_label_map_in_the_scan_s_own_geometry(bundle, traine
 def test_an_ensemble_of_checkpoints_gives_one_component_of_each_label(bundle, trained, phantoms, tmp_path):
     scan = phantoms / KIND[bundle] / "images" / f"{KIND[bundle]}_001.nii.gz"
     run_dir = trained(bundle)
-    checkpoints = [str(run_dir / "models" / "model.pt"), str(run_dir / "checkpoint_epoch=1.pt")]
+    checkpoints = [str(run_dir / "models" / "model.pt"), str(run_dir / "checkpoint_iteration=1.pt")]
     more = {"checkpoints": checkpoints, "test_time_examples": 2, "overlap": 0.25}
     run(bundle, "inference", "ensemble", dataset_dir=scan, output_dir=tmp_path, **more)
     source, result = nibabel.load(scan), nibabel.load(tmp_path / scan.name.replace(".nii", "_seg.nii"))
@@ -209,7 +209,7 @@ def test_other_labels_spacing_and_intensities_are_overrides(phantoms, labelled_l
 def test_a_training_without_validation_saves_its_last_weights(labelled_lists, tmp_path):
     more = {"datalist": labelled_lists["fetal"], "max_epochs": 2, "val_interval": 5, **folders(tmp_path)}
     run(FETA, "train", **more)
-    last = torch.load(tmp_path / "checkpoint_epoch=2.pt", weights_only=True)["model"]
+    last = torch.load(tmp_path / "checkpoint_iteration=2.pt", weights_only=True)["model"]
     assert all(torch.equal(value, last[name]) for name, value in weights(tmp_path).items())
     assert "val_mean_dice" not in metrics(tmp_path)[-1]
 
@@ -218,7 +218,7 @@ def test_fold_and_share_of_labels_are_ids_and_a_run_is_resumed(labelled_lists, t
     arguments = {"datalist": labelled_lists["fetal"], "fold": 0, "label_fraction": 0.5, "val_interval": 1}
     run(FETA, "train", max_epochs=1, **arguments, **folders(tmp_path))
     done = run(FETA, "train", max_epochs=2, **arguments, **folders(tmp_path))
-    assert f"Resuming from {tmp_path}/checkpoint_epoch=1.pt" in done.stdout
+    assert f"Resuming from {tmp_path}/checkpoint_iteration=1.pt" in done.stdout
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["images_fetal_000.png"]  # that of fold 0
 
 

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
 
 from custom.errors import BadInput
-from custom.handlers import LoadCheckpoint, MetricsLog, On, RunState, prepare_batch
+from custom.handlers import LoadCheckpoint, MetricsLog, On, StopOnNaN, prepare_batch
 
 
 def engine(seen: list | None = None) -> Engine:
@@ -27,42 +28,6 @@ def test_on_calls_at_its_event():
     On("EPOCH_COMPLETED", lambda engine: seen.append(engine.state.iteration)).attach(run)
     run.run([0] * 5, max_epochs=2)
     assert seen == [5, 10]
-
-
-def train(folder, epochs: int, fail_at: int | None = None, resume: bool = True) -> tuple[torch.nn.Module, list]:
-    """Train a weight by 1 an iteration, three iterations an epoch; die in an iteration if told to."""
-    model, epochs_seen = torch.nn.Linear(1, 1, bias=False), []
-    model.weight.data.zero_()
-
-    def step(engine, batch):
-        if engine.state.iteration == fail_at:
-            raise RuntimeError("killed")
-        model.weight.data += 1
-
-    run = Engine(step)
-    run.state.max_epochs = epochs
-    run.add_event_handler(Events.EPOCH_STARTED, lambda engine: epochs_seen.append(engine.state.epoch))
-    RunState(folder, {"model": model}, resume).attach(run)
-    try:
-        run.run([0] * 3, max_epochs=epochs)
-    except RuntimeError:
-        assert fail_at is not None
-    return model, epochs_seen
-
-
-def test_a_run_goes_on_from_the_last_epoch_that_was_finished(tmp_path):
-    train(tmp_path, epochs=4, fail_at=8)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_epoch=1.pt", "checkpoint_epoch=2.pt"]
-    model, epochs_seen = train(tmp_path, epochs=12)
-    assert epochs_seen == list(range(3, 13)) and model.weight.item() == 36
-    # The newest by number, not by name; those from before the restart are cleared away too.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_epoch=11.pt", "checkpoint_epoch=12.pt"]
-
-
-def test_resume_false_starts_anew(tmp_path):
-    train(tmp_path, epochs=2)
-    model, epochs_seen = train(tmp_path, epochs=2, resume=False)
-    assert epochs_seen == [1, 2] and model.weight.item() == 6
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
@@ -92,3 +57,17 @@ def test_metrics_log_replaces_the_lines_of_epochs_trained_again(tmp_path):
         (3, 2.0, None),
     ]
     assert all(line["learning_rate"] == 0.5 and line["iteration"] == 10 * line["epoch"] for line in lines)
+
+
+def test_a_loss_that_is_nan_stops_with_the_names_and_the_batch(tmp_path):
+    run = engine()
+    run.register_events(*IterationEvents)
+    StopOnNaN(str(tmp_path / "run")).attach(run)
+    run.state.iteration, run.state.output = 7, {"loss": torch.tensor(float("nan"))}
+    run.state.batch = {"case": ["a.nii", "a.nii", "b.nii"], "image": torch.ones(3), "label": torch.zeros(3), "more": 1}
+    with pytest.raises(BadInput, match=r"nan in iteration 7, with the cases a\.nii, b\.nii;.+nan_batch_rank=0\.pt"):
+        run.fire_event(IterationEvents.LOSS_COMPLETED)
+    dump = torch.load(tmp_path / "run" / "nan_batch_rank=0.pt", weights_only=True)
+    assert dump["case"] == run.state.batch["case"] and torch.equal(dump["image"], torch.ones(3))
+    run.state.output = {"loss": torch.tensor(1.0)}
+    run.fire_event(IterationEvents.LOSS_COMPLETED)

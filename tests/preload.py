@@ -1,0 +1,27 @@
+"""What the server imports from which tests fork their runs, and how a run is made there."""
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import ignite.engine  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import monai.bundle  # noqa: F401
+import torch.utils.tensorboard  # noqa: F401
+
+
+def run_module(argv: list[str], cwd: Path, stdout: Path, stderr: Path) -> None:
+    """Become `python -m` with these arguments, in a folder and with files for its output."""
+    for path, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    os.chdir(cwd)
+    sys.path[0] = str(cwd)
+    sys.argv = argv
+    try:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # multiprocessing has a way of its own
+        sys.exit(1)
