@@ -166,8 +166,8 @@ class LoadScand(LoadImaged):
         a path becomes a (channels, D, H, W) float32 `MetaTensor`.
 
     Raises:
-        BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
-            everywhere.
+        BadInput: for a file that can't be read, is not 3D, has other channels, a singular affine or voxels outside of
+            0.01 to 100 mm, holds NaN or infinity, or the same value everywhere.
     """
 
     def __init__(self, keys: KeysCollection, channels: int = 1, patch_size: Sequence[int] | None = None) -> None:
@@ -181,11 +181,17 @@ class LoadScand(LoadImaged):
             path = data[key] if isinstance(data[key], str) else " and ".join(map(str, data[key]))
             output[key] = image = self.load(key, data[key], path)
             shape = "x".join(map(str, image.shape[1:]))
-            if image.shape[0] != self.channels or image.ndim != 4:
+            if image.shape[0] != self.channels or image.ndim != 4 or min(image.shape[1:]) < 2:
                 expected = "3D volume" if self.channels == 1 else f"3D volume of {self.channels} channels"
                 raise BadInput(
                     f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; split it into 3D "
                     f"volumes, or give the segmentation bundles --in_channels."
+                )
+            spacing_mm, axes = image.pixdim, image.affine[:3, :3] / image.pixdim
+            if not ((spacing_mm > 0.01) & (spacing_mm < 100)).all() or not axes.det().abs() > 1e-6:
+                raise BadInput(
+                    f"{path} has a senseless affine, voxels of {' x '.join(f'{s:g}' for s in spacing_mm.tolist())} mm; "
+                    f"correct its header or take it out of the data list."
                 )
             if not torch.isfinite(image).all():
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")

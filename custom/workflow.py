@@ -22,6 +22,8 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def begin(patch_size: Sequence[int]) -> None:
     """Check the config that is being run and let errors be told in one sentence; the first expression of each `run`.
 
+    On a CPU, memory is kept and algorithms are deterministic from here on.
+
     Args:
         patch_size: in voxels, what the network will see.
 
@@ -32,6 +34,9 @@ def begin(patch_size: Sequence[int]) -> None:
     speak_plainly()
     if not torch.cuda.is_available():
         keep_freed_memory()
+        # Else threads add the gradient of the relative positions in the order in which they come.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     # MONAI hands a component nothing of the config around it, so the workflow is found among the callers.
     callers = (frame.frame.f_locals.get("self") for frame in inspect.stack())
     workflow = next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)

@@ -159,8 +159,9 @@ def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: boo
             raise Refusal(f"bad spacing: {' x '.join(f'{p:g}' for p in pixdim)} mm")
         columns = image.affine[:3, :3]
         spacing = np.linalg.norm(columns, axis=0)  # what resampling in training goes by
-        if not np.isfinite(image.affine).all() or not spacing.all() or abs(np.linalg.det(columns / spacing)) < 1e-6:
-            raise Refusal("bad affine: singular or not finite")
+        # The limits are those of training (custom.data.LoadScand): resampling would fill the memory.
+        if not ((spacing > 0.01) & (spacing < 100)).all() or not abs(np.linalg.det(columns / spacing)) > 1e-6:
+            raise Refusal("bad affine: singular, not finite, or voxels outside of 0.01 to 100 mm")
         found["spacing"] = tuple(float(f"{s:.5g}") for s in spacing)
 
         if voxels.offset < header.sizeof_hdr:
