@@ -147,7 +147,7 @@ def add_weights(run: Path, folder: Path) -> None:
 
 
 def strip(script: Path) -> None:
-    """Take out of a TorchScript file what tells where it was made: the paths of the sources, and an id made from them."""
+    """Take out of a TorchScript file what tells where it was made: paths of sources, and an id that depends on them."""
     with zipfile.ZipFile(script) as archive:
         members = {
             name: archive.read(name)

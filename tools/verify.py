@@ -24,9 +24,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 
+import jsonschema
 import numpy as np
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import load_net_with_metadata
 from monai.networks import convert_to_torchscript
 
@@ -89,21 +90,21 @@ def unpack(package: Path, folder: Path) -> Path:
     try:
         with zipfile.ZipFile(package) as archive:
             members = archive.infolist()
-            top = PureWindowsPath(members[0].filename).parts[0] if members else ""
+            if not members:
+                raise ValueError("it is empty.")
+            top = PureWindowsPath(members[0].filename).parts[:1]
             for member in members:
                 path = PureWindowsPath(member.filename)  # knows both kinds of separators, and drives
                 if path.anchor or ".." in path.parts:
                     raise ValueError(f"{member.filename} would be unpacked outside of the bundle's folder.")
                 if stat.S_ISLNK(member.external_attr >> 16):
                     raise ValueError(f"{member.filename} is a link, which could lead anywhere.")
-                if path.parts[0] != top or (len(path.parts) == 1 and not member.is_dir()):
-                    raise ValueError(f"{member.filename} lies outside of the bundle's folder {top}.")
+                if path.parts[:1] != top or (len(path.parts) == 1 and not member.is_dir()):
+                    raise ValueError(f"{member.filename} lies outside of the bundle's folder {''.join(top)}.")
             archive.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, OSError) as error:
         raise ValueError(f"it is no zip, or damaged: {error}.") from error
-    if not members:
-        raise ValueError("it is empty.")
-    return folder / top
+    return folder.joinpath(*top)
 
 
 def check_files(folder: Path) -> None:
@@ -140,14 +141,13 @@ def check_sums(folder: Path) -> None:
 
 def check_metadata(folder: Path) -> None:
     """Raise ValueError for metadata that do not fit MONAI's schema, or lack the version in the changelog."""
-    file = folder / "configs/metadata.json"
+    metadata = json.loads((folder / "configs/metadata.json").read_text())
+    schema = json.loads(Path(__file__).with_name("metadata_schema.json").read_text())
     try:
-        # MONAI downloads the schema, unless it is there.
-        verify_metadata(meta_file=str(file), filepath=str(Path(__file__).with_name("metadata_schema.json")))
-    except ValueError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"configs/metadata.json does not fit MONAI's schema: {reason}.") from error
-    metadata = json.loads(file.read_text())
+        jsonschema.validate(metadata, schema)
+    except jsonschema.ValidationError as error:
+        reason = f"{error.json_path}: {error.message}"
+        raise ValueError(f"configs/metadata.json does not fit MONAI's schema, {reason}.") from error
     if metadata["version"] != next(iter(metadata["changelog"]), None):
         raise ValueError(f"configs/metadata.json: version {metadata['version']} is not the changelog's first.")
 
@@ -162,7 +162,13 @@ def check_ids(folder: Path) -> None:
     """Raise ValueError for an id that nothing uses, or an argument that a component does not have."""
     from custom.workflow import check_ids, unused_ids  # of the bundle
 
-    for config in sorted(set(folder.glob("configs/*.json")) - {folder / "configs/metadata.json"}):
+    for config in sorted(folder.glob("configs/*.json")):
+        try:
+            json.loads(config.read_text())
+        except ValueError as error:
+            raise ValueError(f"configs/{config.name} is no JSON: {error}.") from error
+        if config.stem == "metadata":
+            continue
         parser = ConfigParser()
         parser.read_config(based(config))
         # An overlay with a `run` of its own may leave ids of its base unused, which are checked with the base.
@@ -208,11 +214,11 @@ def check_workflows(folder: Path) -> None:
             workflow = ConfigWorkflow(str(config), workflow_type=kind, logging_file=False, **small)
             workflow.initialize()
             try:
-                missing = workflow.check_properties()
-            except KeyError as error:  # of a nested property
-                missing = error.args
-        if missing:
-            raise ValueError(f"configs/{kind}.json: {missing[0]} is missing or not where MONAI looks for it.")
+                wrong = workflow.check_properties()
+            except KeyError as error:
+                raise ValueError(f"configs/{kind}.json: {error.args[0]}") from error
+        if wrong:
+            raise ValueError(f"configs/{kind}.json: {wrong[0]} is not where MONAI's workflows look for it.")
 
 
 def small_network(folder: Path) -> torch.nn.Module:
