@@ -65,6 +65,25 @@ def test_a_bundle_passes(check, bundle):
     check(bundle)
 
 
+PARTS = [f"validate#{part}" for part in ("evaluator", "handlers", "dataset", "dataset#data")]
+PARTS += [f"train#{part}" for part in ("trainer", "trainer#max_epochs", "dataset", "dataset#data", "handlers")]
+ZOO = {
+    "train": ["bundle_root", "device", "dataset_dir", "output_dir", *PARTS],
+    "inference": ["bundle_root", "device", "network_def", "inferer", "output_dir"],
+}
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_model_zoo_s_ids_are_there(name, bundle):
+    """https://github.com/Project-MONAI/model-zoo, CONTRIBUTING.md."""
+    config = ConfigParser(json.loads((bundle / f"configs/{name}.json").read_text()))
+    assert [id for id in ZOO[name] if id not in config] == []
+    handlers = config["train#handlers"] if name == "train" else []
+    intervals = [handler["interval"] for handler in handlers if handler["_target_"] == "ValidationHandler"]
+    assert set(intervals) <= {"@val_interval"}
+
+
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 def test_a_bundle_has_the_one_custom(bundle):
     assert (bundle / "custom").resolve() == ROOT / "custom"
