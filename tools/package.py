@@ -91,7 +91,7 @@ def apply(overrides: dict[str, Any], folder: Path) -> None:
 
 
 def provenance(run: Path, name: str) -> dict[str, Any]:
-    """Return what a run says of itself: how it was started last, and its best and last validation.
+    """Return how a run was started last.
 
     Raises:
         ValueError: for a folder that is no finished training of the bundle.
@@ -169,13 +169,13 @@ def add_sample(folder: Path) -> None:
     draw = phantom.abdomen_ct if is_ct else phantom.fetal_head
     scan, *_ = draw(0, phantom.MIN_SHAPE)
     # Its spacing is the network's, so that it stays as small as it is.
-    spacing_mm = np.diag([*(inference["pixdim_mm"] or (1, 1, 1)), 1])
+    spacing_mm = np.diag([*(inference.get("pixdim_mm") or (1, 1, 1)), 1])
     nibabel.Nifti1Image(scan, spacing_mm).to_filename(sample / "scan.nii.gz")
     overrides = {} if (folder / "models").is_dir() else SMALL
     network = next(iter(sample_networks(folder, overrides).values()))
     expected = predict(folder, network, overrides)
     np.save(sample / "expected.npy", expected)
-    # Another processor or version of torch rounds otherwise; wrong weights are off by more than a thousandth.
+    # Another processor or version of torch rounds otherwise, by less than this; other weights are off by far more.
     tolerance = float(f"{1e-3 * np.abs(expected).max():.2g}")
     write(sample / "sample.json", {"overrides": overrides, "tolerance": tolerance})
 
