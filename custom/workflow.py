@@ -37,12 +37,19 @@ def begin(patch_size: Sequence[int]) -> None:
         # Else threads add the gradient of the relative positions in the order in which they come.
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    # MONAI hands a component nothing of the config around it, so the workflow is found among the callers.
-    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack())
-    workflow = next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)
+    workflow = running_workflow()
     if workflow is not None:
         check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
     check_patch_size(patch_size)
+
+
+def running_workflow() -> ConfigWorkflow | None:
+    """Return the workflow that is being run; None where a program drives the parser itself.
+
+    MONAI hands a component nothing of the config around it, so the workflow is found among the callers.
+    """
+    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
+    return next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)
 
 
 def keep_freed_memory() -> None:
@@ -70,11 +77,12 @@ def declared_ids(folder: Path) -> set[str]:
     return declared
 
 
-def _walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each id of a config, nested ones included, with its value; the config itself first, under `path`."""
     yield path, config
     if isinstance(config, dict | list):
         for key, value in config.items() if isinstance(config, dict) else enumerate(config):
-            yield from _walk(value, f"{path}#{key}" if path else str(key))
+            yield from walk(value, f"{path}#{key}" if path else str(key))
 
 
 def unused_ids(config: dict[str, Any]) -> set[str]:
@@ -82,7 +90,7 @@ def unused_ids(config: dict[str, Any]) -> set[str]:
 
     A group is a dictionary that nothing refers to as a whole, such as `train`.
     """
-    strings = (value for _, value in _walk(config) if isinstance(value, str))
+    strings = (value for _, value in walk(config) if isinstance(value, str))
     referred = [
         ReferenceResolver.split_id(id) for string in strings for id in ReferenceResolver.match_refs_pattern(string)
     ]
@@ -106,7 +114,7 @@ def check_ids(config: dict[str, Any], declared: set[str]) -> None:
     for name in sorted(unused_ids(config) - declared):
         raise BadInput(f"Nothing uses the id `{name}`{_close(name, declared)}")
     locator = ConfigParser().locator
-    for path, value in _walk(config):
+    for path, value in walk(config):
         target = value.get("_target_") if isinstance(value, dict) else None
         if isinstance(target, str) and not target.startswith(("$", "@")):
             component = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
+import venv
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,21 @@ def labelled_lists(phantoms) -> dict[str, Path]:
         lists[kind] = phantoms / kind / "labelled.json"
         lists[kind].write_text(json.dumps({"training": entries[:1], "validation": entries[1:]}))
     return lists
+
+
+@pytest.fixture(scope="session")
+def foreign_python(tmp_path_factory) -> Path:
+    """A Python that has all packages of this one, but not this repository."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    # A plain folder on the path: the hooks in it, such as that of an editable installation, are not run.
+    Path(site, "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = folder / "bin" / "python"
+    for module in ("custom", "tools"):
+        found = subprocess.run([python, "-c", f"import {module}"], cwd=folder, capture_output=True, text=True)
+        assert f"No module named '{module}'" in found.stderr, "install this repository with -e for its tests"
+    return python
 
 
 @pytest.fixture

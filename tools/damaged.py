@@ -90,7 +90,7 @@ def contents() -> Iterator[tuple[str, str, bytes]]:
     yield "2D, 4D or colour", "vector.nii", saved(np.stack([base] * 3, -1)[:, :, :, None])
     colour = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     yield "2D, 4D or colour", "colour.nii", saved(colour)
-    yield "2D, 4D or colour", "complex.nii", saved(base.astype(np.complex64))
+    yield "unknown or odd voxel type", "complex.nii", saved(base.astype(np.complex64))
     for number, (code, bits) in enumerate([(0, 0), (1, 1), (9999, 16), (4, 64), (1536, 128), (255, 8)]):
         yield "unknown or odd voxel type", f"type_{number}.nii", patched(patched(whole, DATATYPE, code), BITPIX, bits)
     for number, slope in enumerate((0.0, np.nan, np.inf, 1e38, -1.0)):

@@ -226,6 +226,7 @@ def test_two_processes_train_and_evaluate(labelled_lists, tmp_path):
     arguments = {"launcher": TORCHRUN, "datalist": labelled_lists["fetal"], "max_epochs": 1, "val_interval": 1}
     run(FETA, "train", "multi_gpu_train", **arguments, **folders(tmp_path))
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1 and len(metrics(tmp_path)) == 1
+    assert len(json.loads((tmp_path / "run.json").read_text())) == 1
     run(FETA, "train", "multi_gpu_train", "evaluate", **arguments, **folders(tmp_path))
     assert rows_of(tmp_path / "evaluation" / "val_mean_dice_raw.csv")
 

@@ -1,0 +1,301 @@
+"""Build the packages that are downloaded: a zip of each bundle, with checksums and the index that the model zoo has.
+
+    python -m tools.package [BUNDLE ...] [--run RUN_DIR] [--output DIR]
+
+A package is the bundle's folder with `custom/` in it, a small test for tools.verify, and SHA-256 sums. The same bundle
+always gives the same bytes. With --run it has the weights of a training too, also as TorchScript, says in
+docs/training.json where they come from, and runs with them as it is: what the training overrode of the network, the
+preprocessing and the inferer are its configs' new values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import operator
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+from monai.bundle import ConfigParser
+from monai.bundle.reference_resolver import ReferenceResolver
+
+from custom.workflow import walk
+from tools import phantom
+from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, sample_networks
+
+BUNDLES = Path(__file__).parents[1] / "bundles"
+# Of a bundle's folder; what runs and caches leave in it, and whatever else lies there, is not packaged.
+CONTENT = ("LICENSE", "configs", "custom", "datalist.json", "docs")
+
+
+def read(file: Path) -> Any:
+    """Read a JSON file."""
+    return json.loads(file.read_text())
+
+
+def write(file: Path, content: Any) -> None:
+    """Write a JSON file as the bundles' are written."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=4) + "\n")
+
+
+def inference_ids(config: dict[str, Any]) -> set[str]:
+    """Return the top-level ids that network, preprocessing and inferer of an inference config are made of."""
+    found, todo = set(), ["network_def", "preprocessing", "inferer"]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            texts = (value for _, value in walk(config[name]) if isinstance(value, str))
+            todo += [ReferenceResolver.split_id(id)[0] for t in texts for id in ReferenceResolver.match_refs_pattern(t)]
+    return found
+
+
+def apply(overrides: dict[str, Any], folder: Path) -> None:
+    """Make overrides of a training the values of a bundle's configs, and its metadata agree with them.
+
+    Taken over is what inference must have as the training had it: see `inference_ids`. Paths, the machine and how the
+    weights were learnt are not among it.
+    """
+    inference = read(folder / "configs/inference.json")
+    needed = inference_ids(inference)
+    for name in ("train", "inference"):
+        config = ConfigParser(read(folder / f"configs/{name}.json"))
+        config.update({id: value for id, value in overrides.items() if ReferenceResolver.split_id(id)[0] in needed})
+        write(folder / f"configs/{name}.json", {key: value for key, value in config.get().items() if key != "_meta_"})
+    inference, metadata = read(folder / "configs/inference.json"), read(folder / "configs/metadata.json")
+    data = metadata["network_data_format"]
+    image, pred = data["inputs"]["image"], data["outputs"]["pred"]
+    image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
+    if "labels" in inference:
+        channels, labels = inference["in_channels"], inference["labels"]
+        classes = {str(number): name for number, name in enumerate(labels)}
+        image |= {"num_channels": channels}
+        if channels > 1:
+            image["channel_def"] = {str(number): f"image {number}" for number in range(channels)}
+        pred |= {"num_channels": len(labels), "channel_def": classes}
+        metadata["label_classes"] = "one channel, " + ", ".join(f"{number}: {name}" for number, name in classes.items())
+        metadata["pred_classes"] = f"{len(labels)} channels of the network, turned into one of ids by argmax"
+    write(folder / "configs/metadata.json", metadata)
+
+
+def provenance(run: Path, name: str) -> dict[str, Any]:
+    """Return how a run was started last.
+
+    Raises:
+        ValueError: for a folder that is no finished training of the bundle.
+    """
+    for file in ("run.json", "metrics.jsonl", "models/model.pt"):
+        if not (run / file).is_file():
+            raise ValueError(f"{run} is no finished training, it has no {file}; name its --output_dir.")
+    start = read(run / "run.json")[-1]
+    if start["bundle"] != name:
+        raise ValueError(f"{run} is a training of {start['bundle']}, not of {name}.")
+    return start
+
+
+def metrics(run: Path, folder: Path) -> dict[str, Any]:
+    """Return the lines of a run's metrics at its best validation, the weights' own, and at its end."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    config = ConfigParser(read(folder / "configs/train.json"))
+    key = next(iter(config["validate#key_metric"]))
+    better = operator.gt
+    if "validate#evaluator#metric_cmp_fn" in config:
+        better = config.get_parsed_content("validate#evaluator#metric_cmp_fn")
+    validated = [line for line in lines if key in line]
+    best = functools.reduce(lambda a, b: b if better(b[key], a[key]) else a, validated) if validated else None
+    return {"best": best, "last": lines[-1]}
+
+
+def add_weights(run: Path, folder: Path) -> None:
+    """Put the weights of a training into a bundle, as they are and as TorchScript, with what they come from.
+
+    Raises:
+        ValueError: see `provenance`.
+    """
+    start = provenance(run, folder.name)
+    apply(start["overrides"], folder)
+    # Folders of the machine that trained are nobody's business, nor are names of patients.
+    start["overrides"] = {
+        id: value
+        for id, value in start["overrides"].items()
+        if not any(isinstance(text, str) and os.path.isabs(text) for _, text in walk(value))
+    }
+    write(folder / "docs/training.json", {**start, "metrics": metrics(run, folder)})
+    models = folder / "models"
+    models.mkdir()
+    shutil.copyfile(run / "models/model.pt", models / "model.pt")
+    # Tracing fixes the patch size, which metadata have from the inferer; scripting a Swin UNETR fails. In a process of
+    # its own, since the names in a TorchScript file count what was traced before.
+    export = [sys.executable, "-m", "monai.bundle", "ckpt_export", "network_def", "--filepath", "models/model.ts"]
+    export += ["--config_file", "configs/inference.json", "--use_trace", "True"]
+    done = subprocess.run(export, cwd=folder, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ValueError(f"{run / 'models/model.pt'} can't be exported: {done.stderr.strip().splitlines()[-1]}")
+    strip(models / "model.ts")
+
+
+def strip(script: Path) -> None:
+    """Take out of a TorchScript file what tells where it was made: paths of sources, and an id that depends on them."""
+    with zipfile.ZipFile(script) as archive:
+        members = {
+            name: archive.read(name)
+            for name in archive.namelist()
+            if not name.endswith((".debug_pkl", ".data/serialization_id"))
+        }
+    zip_up(members, script)
+
+
+def add_sample(folder: Path) -> None:
+    """Put a small test into a bundle: a synthetic scan, what the network answers, and by how much that may differ.
+
+    The network has the package's weights or, where it has none, is small and has weights that follow from their names.
+    """
+    sample = folder / "sample"
+    sample.mkdir()
+    inference, metadata = (read(folder / f"configs/{name}.json") for name in ("inference", "metadata"))
+    is_ct = "CT" in metadata["network_data_format"]["inputs"]["image"]["modality"]
+    draw = phantom.abdomen_ct if is_ct else phantom.fetal_head
+    scan, *_ = draw(0, phantom.MIN_SHAPE)
+    # Its spacing is the network's, so that it stays as small as it is.
+    spacing_mm = np.diag([*(inference.get("pixdim_mm") or (1, 1, 1)), 1])
+    nibabel.Nifti1Image(scan, spacing_mm).to_filename(sample / "scan.nii.gz")
+    overrides = {} if (folder / "models").is_dir() else SMALL
+    network = next(iter(sample_networks(folder, overrides).values()))
+    expected = predict(folder, network, overrides)
+    np.save(sample / "expected.npy", expected)
+    # Another processor or version of torch rounds otherwise, by less than this; other weights are off by far more.
+    tolerance = float(f"{1e-3 * np.abs(expected).max():.2g}")
+    write(sample / "sample.json", {"overrides": overrides, "tolerance": tolerance})
+
+
+def move_out(folder: Path, prefix: str, output: Path, url: str) -> None:
+    """Move the weights out of a bundle and name them in `large_files.yml`, for MONAI's `download_large_files`."""
+    entries = "large_files:\n"
+    for path in sorted((folder / "models").iterdir()):
+        out = output / f"{prefix}_{path.name}"
+        entries += f'  - path: "models/{path.name}"\n    url: "{url.rstrip("/")}/{out.name}"\n'
+        entries += f'    hash_val: "{digest(path)}"\n    hash_type: "sha256"\n'
+        shutil.move(path, out)
+    (folder / "large_files.yml").write_text(entries)
+
+
+def zip_up(members: dict[str, bytes], file: Path) -> None:
+    """Write a zip with nothing but names and contents in its bytes."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            member = zipfile.ZipInfo(name)  # dated 1980, and not compressed: zlib's versions differ
+            member.create_system = 3  # Unix
+            member.external_attr = 0o100644 << 16
+            archive.writestr(member, content)
+
+
+def build(bundle: Path, output: Path, run: Path | None = None, weights_url: str | None = None) -> Path:
+    """Build a bundle's package.
+
+    Args:
+        bundle: its folder.
+        output: folder to write to.
+        run: folder of a finished training whose weights the package has.
+        weights_url: where the weights will be, to leave them out of the zip.
+
+    Returns:
+        the zip.
+
+    Raises:
+        ValueError: for a folder that is no bundle, or no training of it.
+    """
+    if not (bundle / "configs/metadata.json").is_file():
+        raise ValueError(f"{bundle} is no bundle, it has no configs/metadata.json.")
+    name = bundle.resolve().name
+    prefix = f"{name}_v{read(bundle / 'configs/metadata.json')['version']}"
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, name)
+        folder.mkdir()
+        for path in (bundle / item for item in CONTENT):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            elif path.is_file():
+                shutil.copyfile(path, folder / path.name)
+        with modules_of(folder):
+            if run is not None:
+                add_weights(run, folder)
+            add_sample(folder)
+        if weights_url is not None:
+            move_out(folder, prefix, output, weights_url)
+        write_sums(folder, files(folder))
+        package = output / f"{prefix}.zip"
+        members = {f"{name}/{file}": path.read_bytes() for file, path in files(folder).items()}
+        zip_up(members, package.with_suffix(".part"))
+        os.replace(package.with_suffix(".part"), package)
+    return package
+
+
+def write_sums(folder: Path, named: dict[str, Path]) -> None:
+    """Write the SHA-256 of files, by their names in a folder, as `sha256sum -c` reads them."""
+    (folder / SUMS).write_text("".join(f"{digest(path)}  {name}\n" for name, path in sorted(named.items())))
+
+
+def index(packages: list[Path], output: Path, source: str) -> None:
+    """Write the packages into `model_info.json` and their SHA-256 into `SHA256SUMS`, beside those that stand there."""
+    file = output / "model_info.json"
+    content = read(file) if file.is_file() else {}
+    for package in packages:
+        url = f"{source.rstrip('/')}/{package.name}" if source else package.name
+        content[package.stem] = {"checksum": digest(package, "sha1"), "source": url}
+    write(file, dict(sorted(content.items())))
+    released = {path.name: path for name in content for path in output.glob(f"{name}[._]*")}
+    write_sums(output, released)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 (one sentence on stderr says why)."""
+    about, _, usage = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.package",
+        description=about,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("bundles", nargs="*", metavar="BUNDLE", help="name or folder; all by default")
+    add("--run", type=Path, metavar="DIR", help="--output_dir of a finished training of the one BUNDLE")
+    add("--output", type=Path, metavar="DIR", default="dist", help="folder to write to (%(default)s)")
+    add("--source", default="", metavar="URL", help="where the zips will be, for model_info.json")
+    add("--weights_url", metavar="URL", help="where the weights will be: they are left out of the zip, written beside "
+        "it, and named in its large_files.yml")  # fmt: skip
+    options = parser.parse_args(argv)
+    bundles = [BUNDLES / name if (BUNDLES / name).is_dir() else Path(name) for name in options.bundles]
+    bundles = bundles or sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    try:
+        if options.run is not None and len(bundles) != 1:
+            raise ValueError("--run is a training of one bundle; name it.")
+        if options.weights_url is not None and options.run is None:
+            raise ValueError("--weights_url is for the weights of a --run.")
+        packages = [build(bundle, options.output, options.run, options.weights_url) for bundle in bundles]
+        index(packages, options.output, options.source)
+    except (ValueError, OSError) as error:
+        print(f"package: {error}", file=sys.stderr)
+        return 2
+    for package in packages:
+        print(f"{package}: {package.stat().st_size / 1e6:.1f} MB")
+    print(f"Next: python -m tools.verify {' '.join(map(str, packages))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
