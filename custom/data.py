@@ -188,10 +188,12 @@ class LoadScand(LoadImaged):
                     f"volumes, or give the segmentation bundles --in_channels."
                 )
             spacing_mm, axes = image.pixdim, image.affine[:3, :3] / image.pixdim
-            if not ((spacing_mm > 0.01) & (spacing_mm < 100)).all() or not axes.det().abs() > 1e-6:
+            sensible = ((spacing_mm > 0.01) & (spacing_mm < 100)).all() and image.affine.isfinite().all()
+            if not sensible or not axes.det().abs() > 1e-6:
                 raise BadInput(
-                    f"{path} has a senseless affine, voxels of {' x '.join(f'{s:g}' for s in spacing_mm.tolist())} mm; "
-                    f"correct its header or take it out of the data list."
+                    f"{path} has a senseless affine: it is singular, not finite, or the voxels, here "
+                    f"{' x '.join(f'{s:g}' for s in spacing_mm.tolist())} mm, are outside of 0.01 to 100 mm; correct "
+                    f"the header or take it out of the data list."
                 )
             if not torch.isfinite(image).all():
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")

@@ -99,6 +99,7 @@ def contents() -> Iterator[tuple[str, str, bytes]]:
         yield "offset of the voxels", f"offset_{number}.nii", patched(whole, VOX_OFFSET, offset)
     rows = np.array([[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]], float)
     singular = [rows * 0, rows * [[1], [1], [0]], rows * np.nan, rows * 1e30, rows[[0, 0, 2]]]
+    singular += [rows + [0, 0, 0, value] for value in (np.nan, np.inf)]  # places it nowhere
     for number, matrix in enumerate(singular):
         turned = patched(patched(whole, SFORM_CODE, 1), SROW, *matrix.ravel())
         yield "singular or senseless affine", f"affine_{number}.nii", turned

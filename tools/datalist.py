@@ -160,7 +160,8 @@ def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: boo
         columns = image.affine[:3, :3]
         spacing = np.linalg.norm(columns, axis=0)  # what resampling in training goes by
         # The limits are those of training (custom.data.LoadScand): resampling would fill the memory.
-        if not ((spacing > 0.01) & (spacing < 100)).all() or not abs(np.linalg.det(columns / spacing)) > 1e-6:
+        sensible = ((spacing > 0.01) & (spacing < 100)).all() and np.isfinite(image.affine).all()
+        if not sensible or not abs(np.linalg.det(columns / spacing)) > 1e-6:
             raise Refusal("bad affine: singular, not finite, or voxels outside of 0.01 to 100 mm")
         found["spacing"] = tuple(float(f"{s:.5g}") for s in spacing)
 

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import logging
 import operator
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 from custom.workflow import walk
 from tools import phantom
-from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, sample_networks
+from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, quiet, sample_networks
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 # Of a bundle's folder; what runs and caches leave in it, and whatever else lies there, is not packaged.
@@ -260,6 +258,7 @@ def index(packages: list[Path], output: Path, source: str) -> None:
     write_sums(output, released)
 
 
+@quiet()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 (one sentence on stderr says why)."""
     about, _, usage = __doc__.partition("\n")
@@ -279,8 +278,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     bundles = [BUNDLES / name if (BUNDLES / name).is_dir() else Path(name) for name in options.bundles]
     bundles = bundles or sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     try:
         if options.run is not None and len(bundles) != 1:
             raise ValueError("--run is a training of one bundle; name it.")

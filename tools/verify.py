@@ -77,6 +77,19 @@ def modules_of(folder: Path) -> Iterator[None]:
         sys.modules.update(before)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let a command line print its own lines alone: until its end, nothing below an error is logged, nor a warning."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 def unpack(package: Path, folder: Path) -> Path:
     """Unpack a package, unless something in it would land outside of its one folder.
 
@@ -348,6 +361,7 @@ def verify(target: Path) -> None:
             check(folder)
 
 
+@quiet()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, or 1 when one has failed."""
     about, _, usage = __doc__.partition("\n")
@@ -362,8 +376,6 @@ def main(argv: list[str] | None = None) -> int:
     targets = parser.parse_args(argv).targets or all_bundles
     if not targets:
         parser.error("there is no folder bundles/ here; name bundles or zips.")
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     failed = False
     for target in targets:
         try:

@@ -228,7 +228,7 @@ def test_crops_are_new_in_every_epoch_and_scans_come_from_the_cache(small_list, 
     dataset = config(PRETRAINING, **overrides).get_parsed_content("train#dataset")
     for entry in entries["training"]:
         Path(entry["image"]).unlink()
-    first, second = dataset[0]["image"], dataset[0]["image"]
+    first, second = dataset[1, 0]["image"], dataset[2, 0]["image"]  # of the first and the second epoch
     assert first.shape == second.shape == (1, 32, 32, 32) and not torch.equal(first, second)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,7 @@ def test_a_line_for_each_and_an_exit_code(unpacked, tmp_path, capsys):
         f"{unpacked}: FAILED: LICENSE is missing.",
         f"{tmp_path / 'nothing'}: FAILED: there is no such file or folder.",
     ]
+    assert logging.root.manager.disable == 0  # it was quiet for itself alone
 
 
 def test_the_modules_are_the_bundle_s_and_go_when_it_is_done(unpacked):
