@@ -70,6 +70,7 @@ class CaseDataset(CacheDataset):
         self.max_bad_share = max_bad_share
         # In shared memory, so that what one worker finds all know, and in the next epoch too.
         self.bad = torch.zeros(len(data), dtype=torch.bool).share_memory_()
+        self.lock = torch.multiprocessing.Lock()
         super().__init__(data, transform, **kwargs)
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
@@ -84,6 +85,12 @@ class CaseDataset(CacheDataset):
                     self._report(other, error)
         raise BadInput("No case can be read.")
 
+    def left_out(self) -> str:
+        """Say how many cases failed in this process and its workers; "" for none."""
+        cases = {item["case"] for item in self.data}
+        failed = {item["case"] for item, bad in zip(self.data, self.bad.tolist(), strict=True) if bad}
+        return f"\nLeft out: {len(failed)} of {len(cases)} cases, each of which is named in the log" if failed else ""
+
     def _load_cache_item(self, idx: int) -> Any:
         try:
             return super()._load_cache_item(idx)
@@ -95,9 +102,10 @@ class CaseDataset(CacheDataset):
         if not self.skip:
             raise error
         case = self.data[index]["case"]
-        if not self.bad[index]:
-            logger.warning(f"Left out: {sentence(error) or f'{case}: {error}'}")
-        self.bad |= torch.tensor([other["case"] == case for other in self.data])
+        with self.lock:  # two workers may meet the case at once
+            if not self.bad[index]:
+                logger.warning(f"Left out: {sentence(error) or f'{case}: {error}'}")
+            self.bad |= torch.tensor([other["case"] == case for other in self.data])
         if self.bad.sum() > self.max_bad_share * len(self):
             raise BadInput(
                 f"{int(self.bad.sum())} of {len(self)} items can't be read, more than --max_bad_share "

@@ -2,9 +2,10 @@
 
 import contextlib
 import logging
-import shutil
+import os
 import signal
 import threading
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import Checkpoint, DiskSaver
+from ignite.handlers import Checkpoint
 from ignite.metrics import Metric
 from ignite.utils import manual_seed
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from torch.utils.tensorboard import SummaryWriter
 
 from custom.dataset import EpochSampler, mix
 from custom.errors import BadInput
@@ -23,40 +26,54 @@ from custom.handlers import LoadCheckpoint
 logger = logging.getLogger(__name__)
 
 
-class Saver(DiskSaver):
-    """Ignite's `DiskSaver`, which writes beside and moves into place, and says in a sentence when it can't.
+class Saver:
+    """Save for Ignite's `Checkpoint`, on the first rank: beside, and when that is on the disk, into place.
+
+    Not Ignite's `DiskSaver`, which `Checkpoint` tells to remove a file before the next one is saved, and which leaves
+    files behind when it is killed.
 
     Args:
         dirname: folder, made if missing.
 
     Raises:
-        BadInput: for a disk that is full or can't be written; what was saved before is untouched.
+        BadInput: for a folder that can't be made, and a disk that is full or can't be written; what was saved before is
+            untouched.
     """
 
-    def __init__(self, dirname: str) -> None:
-        super().__init__(dirname, atomic=True, require_empty=False)
-
-    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
+    def __init__(self, dirname: str | Path) -> None:
+        self.dirname = Path(dirname)
         try:
-            super().__call__(checkpoint, filename, metadata)
-        except (OSError, RuntimeError) as error:  # torch's writer turns the former into the latter
-            free_mb = shutil.disk_usage(self.dirname).free / 2**20
+            self.dirname.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
             raise BadInput(
-                f"{self.dirname / filename} could not be saved, with {free_mb:.0f} MB free on its disk ({error}); make "
-                f"room, then the same command goes on from the last checkpoint, which is intact."
+                f"The folder {dirname} can't be made ({error.strerror}); name another to write to."
             ) from error
 
-    def remove(self, filename: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # a kill came between removing a file and saying so in the next
-            super().remove(filename)
+    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
+        if idist.get_rank() > 0:
+            return
+        beside = self.dirname / f"{filename}.part"
+        try:
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.dirname / filename)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the former into the latter
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise BadInput(
+                f"{self.dirname / filename} could not be saved ({error}); mend the disk or make room on it, then the "
+                f"same command goes on from the last checkpoint, which is intact."
+            ) from error
 
 
 class RunState:
     """Save the state of a training run after every epoch, and go on from it when the run is started again.
 
     Everything random in an iteration depends on the seed and the iteration's number alone, so that no random state has
-    to be saved. Files are written beside and moved into place, so that a kill leaves a whole one; the last two are
-    kept. SIGTERM and Ctrl-C save after the current iteration and end the process; a second one ends it at once.
+    to be saved. The last two checkpoints are kept, and a damaged one is noticed. SIGTERM and Ctrl-C save after the
+    current iteration and end the process; a second Ctrl-C ends it at once.
 
     Attach it after all handlers whose work should be in the state, such as validation.
 
@@ -65,22 +82,24 @@ class RunState:
         objects: what has a state beside the trainer: model, optimizer, ...
         metrics: of the training, which an interrupted epoch goes on with.
         seed: of what is random in the main process; what is random in a sample is seeded by `CaseDataset`.
-        resume: False starts anew, whatever the folder holds.
+        resume: False starts anew, whatever the folder holds, and its checkpoints are replaced.
         map_location: device to load to.
+        summary_writer: TensorBoard's, which is told to forget what was logged after the checkpoint.
 
     Raises:
-        BadInput: when no checkpoint can be read, or it is of another network.
+        BadInput: when no checkpoint can be read, or it is of another network or data list.
         SystemExit: with a sentence, when the process was told to stop.
     """
 
     def __init__(
         self,
-        run_dir: str,
+        run_dir: str | Path,
         objects: dict[str, Any],
         metrics: Mapping[str, Metric] | None = None,
         seed: int = 0,
         resume: bool = True,
         map_location: Any = None,
+        summary_writer: SummaryWriter | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.objects = objects
@@ -89,6 +108,8 @@ class RunState:
         self.seed = seed
         self.resume = resume
         self.map_location = map_location
+        self.summary_writer = summary_writer
+        self.last: Path | None = None  # the checkpoint that was saved or loaded last
         self.told_to_stop = False
 
     def attach(self, engine: Engine) -> None:
@@ -97,6 +118,7 @@ class RunState:
         engine.add_event_handler(Events.ITERATION_STARTED, self.reseed)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.stop_if_told)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.end)
 
     def start(self, engine: Engine) -> None:
         """Load the last checkpoint, if there is one, and listen to signals."""
@@ -107,14 +129,18 @@ class RunState:
             Saver(self.run_dir),
             filename_pattern="checkpoint_iteration={global_step}.pt",
             global_step_transform=lambda engine, _: engine.state.iteration,
-            include_self=True,
-            n_saved=2,
+            n_saved=None,
         )
         if self.resume:
             self.load(engine)
+        if self.summary_writer is not None:
+            again = Event(session_log=SessionLog(status=SessionLog.START))
+            self.summary_writer.file_writer.add_event(again, engine.state.iteration + 1)
+        self.listening = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self.tell_to_stop)
+            self.listening = {
+                number: signal.signal(number, self.tell_to_stop) for number in (signal.SIGTERM, signal.SIGINT)
+            }
 
     def load(self, engine: Engine) -> None:
         files = sorted(self.run_dir.glob("checkpoint_iteration=*.pt"), key=lambda file: int(file.stem.split("=")[1]))
@@ -128,10 +154,15 @@ class RunState:
                     f"here with --resume False."
                 )
             logger.warning(f"{damaged} is damaged; {files[-1].name}, the one before it, is used.")
-        load_dict = {**self.checkpoint.to_save, "checkpointer": self.checkpoint}
-        LoadCheckpoint(str(files[-1]), load_dict, map_location=self.map_location)(engine)
-        state = engine.state
-        logger.info(f"Resuming from {files[-1]}: {state.epoch} of {state.max_epochs} epochs are done.")
+        self.last, state, iterations = files[-1], engine.state, engine.state.epoch_length
+        LoadCheckpoint(str(self.last), self.checkpoint.to_save, map_location=self.map_location)(engine)
+        if state.epoch_length != iterations:
+            raise BadInput(
+                f"{self.last} is of a run with {state.epoch_length} iterations an epoch, and now there are "
+                f"{iterations}; give the data list, batch size and number of processes that it was started with, or "
+                f"start anew in another --output_dir."
+            )
+        logger.info(f"Resuming from {self.last}: {state.epoch} of {state.max_epochs} epochs are done.")
         if state.epoch >= state.max_epochs:
             logger.info("Nothing is left to train: raise --max_epochs, or start anew in another --output_dir.")
 
@@ -148,8 +179,10 @@ class RunState:
         manual_seed(mix(self.seed, idist.get_rank(), engine.state.iteration))
 
     def tell_to_stop(self, number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        logger.warning(f"{signal.Signals(number).name}: stopping after this iteration.")
+        # Not by way of the log, which may be what the signal has interrupted.
+        os.write(2, f"\n{signal.Signals(number).name}: stopping after this iteration.\n".encode())
+        if number == signal.SIGINT:  # a scheduler and torchrun may each send a SIGTERM
+            signal.signal(number, signal.SIG_DFL)
         self.told_to_stop = True
 
     def stop_if_told(self, engine: Engine) -> None:
@@ -162,9 +195,17 @@ class RunState:
     def save(self, engine: Engine) -> None:
         stop = self.told_to_stop
         self.checkpoint(engine)
+        saved = self.run_dir / self.checkpoint.last_checkpoint
+        if idist.get_rank() == 0:
+            for file in set(self.run_dir.glob("checkpoint_iteration=*")) - {saved, self.last}:
+                file.unlink()
+        self.last = saved
         if stop:
-            saved = self.run_dir / self.checkpoint.last_checkpoint
             raise SystemExit(f"Stopped. {saved} is saved, and the same command goes on from there.")
+
+    def end(self, engine: Engine) -> None:
+        for number, handler in self.listening.items():
+            signal.signal(number, handler)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: metric.state_dict() for name, metric in self.metrics.items()}
@@ -174,9 +215,15 @@ class RunState:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint can be read to its end."""
+    """Whether all of a checkpoint can be read, and is what was written: torch saves a zip, which has checksums."""
     try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises whatever the damage leads to
         return False
-    return True
+
+
+def ignore_signals(worker: int) -> None:
+    """Let a DataLoader's worker work on, where a scheduler or a terminal sends a signal to all processes of a run."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

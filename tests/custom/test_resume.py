@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from custom.errors import BadInput
 from custom.resume import RunState, Saver
@@ -15,8 +18,8 @@ class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 
 
-def train(folder, epochs: int, stop_at: int | None = None, stop=None, **options) -> tuple[torch.nn.Module, list]:
-    """Train a weight by a random number an iteration, three iterations an epoch; do `stop` in an iteration."""
+def train(folder, epochs: int, stop_at: int | None = None, stop=None, batches: int = 3, summary_writer=None, **options):
+    """Train a weight by a random number an iteration, doing `stop` in one; return the model and the epochs' losses."""
     model, log, loss = torch.nn.Linear(1, 1, bias=False), [], Average()
     model.weight.data.zero_()
 
@@ -24,14 +27,16 @@ def train(folder, epochs: int, stop_at: int | None = None, stop=None, **options)
         if engine.state.iteration == stop_at:
             stop()
         model.weight.data += torch.rand(()) + np.random.rand()
+        if summary_writer is not None:
+            summary_writer.add_scalar("weight", model.weight.item(), engine.state.iteration)
         return model.weight.item()
 
     run = Engine(step)
     run.state.max_epochs = epochs
     loss.attach(run, "loss")
     run.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: log.append((engine.state.epoch, engine.state.metrics)))
-    RunState(folder, {"model": model}, {"loss": loss}, **options).attach(run)
-    run.run([0] * 3, max_epochs=epochs)
+    RunState(folder, {"model": model}, {"loss": loss}, summary_writer=summary_writer, **options).attach(run)
+    run.run([0] * batches, max_epochs=epochs)
     return model, [(epoch, metrics["loss"]) for epoch, metrics in log]
 
 
@@ -71,7 +76,8 @@ def test_a_signal_saves_after_the_iteration_and_the_run_goes_on_from_there(tmp_p
     with pytest.raises(SystemExit, match=f"{saved} is saved, and the same command"):
         train(tmp_path / "told", epochs=4, stop_at=stop_at, stop=lambda: os.kill(os.getpid(), number))
     assert saved in names(tmp_path / "told")
-    assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process
+    # A second Ctrl-C ends the process; a second SIGTERM does not, as a scheduler and torchrun may each send one.
+    assert (signal.getsignal(number) is signal.SIG_DFL) is (number == signal.SIGINT)
     iterations = []
     model, rest = train(tmp_path / "told", epochs=4, stop_at=stop_at + 1, stop=lambda: iterations.append(1))
     assert len(iterations) == (stop_at < 12)  # no iteration is done twice
@@ -87,12 +93,19 @@ def test_the_newest_is_by_number_and_what_a_user_deleted_is_not_missed(tmp_path)
     assert names(tmp_path) == ["checkpoint_iteration=12.pt", "checkpoint_iteration=15.pt"]
 
 
-@pytest.mark.parametrize("size", [0, 100, -1])
-def test_of_a_truncated_checkpoint_the_one_before_is_used_with_a_warning(tmp_path, caplog, size):
+@pytest.mark.parametrize("damage", ["nothing", "a part", "all but a byte", "another bit"])
+def test_of_a_damaged_checkpoint_the_one_before_is_used_with_a_warning(tmp_path, caplog, damage):
     whole, _ = train(tmp_path / "whole", epochs=4)
     train(tmp_path / "run", epochs=3)
     path = tmp_path / "run" / "checkpoint_iteration=9.pt"
-    path.write_bytes(path.read_bytes()[:size])
+    content = bytearray(path.read_bytes())
+    if damage == "another bit":  # of the weight: torch loads such a file without a word
+        weight = torch.load(path, weights_only=True)["model"]["weight"].numpy().tobytes()
+        content[content.index(weight)] ^= 1
+        path.write_bytes(content)
+        assert torch.load(path, weights_only=True)["model"]["weight"].numpy().tobytes() != weight
+    else:
+        path.write_bytes(content[: {"nothing": 0, "a part": 100, "all but a byte": -1}[damage]])
     model, log = train(tmp_path / "run", epochs=4)
     assert [epoch for epoch, _ in log] == [3, 4] and torch.equal(model.weight, whole.weight)
     assert f"{path} is damaged; checkpoint_iteration=6.pt, the one before it, is used." in caplog.text
@@ -102,10 +115,56 @@ def test_of_a_truncated_checkpoint_the_one_before_is_used_with_a_warning(tmp_pat
         train(tmp_path / "run", epochs=4)
 
 
-def test_resume_false_starts_anew(tmp_path):
-    train(tmp_path, epochs=2)
+def test_resume_false_starts_anew_and_replaces_what_was_there(tmp_path):
+    train(tmp_path, epochs=4)
     _, log = train(tmp_path, epochs=2, resume=False)
     assert [epoch for epoch, _ in log] == [1, 2]
+    assert names(tmp_path) == ["checkpoint_iteration=3.pt", "checkpoint_iteration=6.pt"]
+
+
+def test_what_a_kill_left_of_a_checkpoint_goes_with_the_next_one(tmp_path):
+    train(tmp_path, epochs=2)
+    for name in ("checkpoint_iteration=1.pt", "checkpoint_iteration=8.pt.part"):
+        (tmp_path / name).write_bytes(b"")
+    train(tmp_path, epochs=3)
+    assert names(tmp_path) == ["checkpoint_iteration=6.pt", "checkpoint_iteration=9.pt"]
+
+
+def test_a_run_with_another_number_of_iterations_is_not_gone_on_with(tmp_path):
+    train(tmp_path, epochs=2)
+    with pytest.raises(BadInput, match="a run with 3 iterations an epoch, and now there are 4; give the data list"):
+        train(tmp_path, epochs=4, batches=4)
+
+
+def test_signals_are_those_of_before_when_the_run_is_over(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(tmp_path, epochs=1)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_tensorboard_forgets_what_is_logged_again(tmp_path):
+    """As it reads the files of three starts: one killed before its first checkpoint, one killed after, one whole."""
+    for stop_at in (3, 5, None):
+        with SummaryWriter(str(tmp_path / "log")) as writer, contextlib.suppress(Killed):
+            train(tmp_path, epochs=3, stop_at=stop_at, stop=kill, summary_writer=writer)
+    found = EventAccumulator(str(tmp_path / "log")).Reload().Scalars("weight")
+    assert [event.step for event in found] == list(range(1, 10))
+
+
+def test_the_state_of_a_gradient_scaler_is_saved(tmp_path):
+    scales = []
+
+    def step(engine, batch):
+        scales.append(engine.scaler.get_scale())
+        engine.scaler.scale(torch.zeros(1))
+        engine.scaler.update(scales[-1] / 2)
+
+    for epochs in (1, 2):  # the second goes on
+        run = Engine(step)
+        run.state.max_epochs, run.scaler = epochs, torch.amp.GradScaler("cpu", init_scale=8.0)
+        RunState(tmp_path, {"model": torch.nn.Linear(1, 1)}).attach(run)
+        run.run([0], max_epochs=epochs)
+    assert scales == [8.0, 4.0]
 
 
 def test_seeds_differ_and_repeat(tmp_path):
@@ -114,16 +173,17 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full to write to")
-def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_saved(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_in_a_sentence_and_leaves_what_was_saved(tmp_path):
     saver = Saver(str(tmp_path))
     saver({"a": torch.ones(3)}, "model.pt")
     before = (tmp_path / "model.pt").read_bytes()
-
-    def save(checkpoint, file):
-        with open("/dev/full", "wb") as full:
-            torch.save(checkpoint, full)
-
-    monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(BadInput, match=r"model\.pt could not be saved, with \d+ MB free"):
+    (tmp_path / "model.pt.part").symlink_to("/dev/full")
+    with pytest.raises(BadInput, match=r"model\.pt could not be saved \(.+No space left on device"):
         saver({"a": torch.zeros(3)}, "model.pt")
     assert (tmp_path / "model.pt").read_bytes() == before and names(tmp_path) == ["model.pt"]
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"The folder .+/file/run can't be made \(Not a directory\)"):
+        Saver(tmp_path / "file" / "run")
