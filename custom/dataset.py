@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from monai.data import CacheDataset, DistributedSampler
 
+from custom.data import name_of
 from custom.errors import BadInput, sentence
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class CaseDataset(CacheDataset):
     transformed can be left out: the next one that can takes its place.
 
     Args:
-        data: items; those with the same "case" are one case.
+        data: items; those of the same name, see `name_of`, are one case.
         transform: a MONAI `Compose`.
         seed: of the random transforms.
         bad_cases: "stop" at a case that fails, or "skip" it and say so once.
@@ -87,8 +88,8 @@ class CaseDataset(CacheDataset):
 
     def left_out(self) -> str:
         """Say how many cases failed in this process and its workers; "" for none."""
-        cases = {item["case"] for item in self.data}
-        failed = {item["case"] for item, bad in zip(self.data, self.bad.tolist(), strict=True) if bad}
+        cases = {name_of(item) for item in self.data}
+        failed = {name_of(item) for item, bad in zip(self.data, self.bad.tolist(), strict=True) if bad}
         return f"\nLeft out: {len(failed)} of {len(cases)} cases, each of which is named in the log" if failed else ""
 
     def _load_cache_item(self, idx: int) -> Any:
@@ -101,11 +102,11 @@ class CaseDataset(CacheDataset):
         """Mark all items of the case that failed, or stop."""
         if not self.skip:
             raise error
-        case = self.data[index]["case"]
+        case = name_of(self.data[index])
         with self.lock:  # two workers may meet the case at once
             if not self.bad[index]:
                 logger.warning(f"Left out: {sentence(error) or f'{case}: {error}'}")
-            self.bad |= torch.tensor([other["case"] == case for other in self.data])
+            self.bad |= torch.tensor([name_of(other) == case for other in self.data])
         if self.bad.sum() > self.max_bad_share * len(self):
             raise BadInput(
                 f"{int(self.bad.sum())} of {len(self)} items can't be read, more than --max_bad_share "
