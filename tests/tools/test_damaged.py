@@ -20,7 +20,8 @@ def test_each_is_loaded_or_refused_in_a_sentence_that_names_the_file(told):
 @pytest.mark.parametrize(
     "kind",
     ["truncated .nii", "truncated .nii.gz", "zero length", "NaN or infinity", "all voxels equal"]
-    + ["2D, 4D or colour", "other format by that name", "link, folder or missing", "random bytes"],
+    + ["2D, 4D or colour", "other format by that name", "link, folder or missing", "random bytes"]
+    + ["complex numbers", "singular or senseless affine"],
 )
 def test_what_is_damaged_is_refused(told, kind):
     loaded = [path.name for other, path, message, _ in told if other == kind and not message]
