@@ -1,6 +1,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from custom.errors import BadInput
-from custom.resume import RunState, Saver
+from custom.resume import RunState, Saver, listen_to_trainer_alone
 
 
 class Killed(Exception):
@@ -149,6 +151,20 @@ def test_tensorboard_forgets_what_is_logged_again(tmp_path):
             train(tmp_path, epochs=3, stop_at=stop_at, stop=kill, summary_writer=writer)
     found = EventAccumulator(str(tmp_path / "log")).Reload().Scalars("weight")
     assert [event.step for event in found] == list(range(1, 10))
+
+
+def test_workers_end_by_their_trainer_s_signal_and_by_no_other():
+    options = {"num_workers": 1, "persistent_workers": True, "worker_init_fn": listen_to_trainer_alone}
+    loader = DataLoader(list(range(4)), **options)
+    batches = iter(loader)
+    (worker,) = batches._workers
+    next(batches)
+    for name in ("INT", "TERM", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 3 and len(list(loader)) == 4
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_the_state_of_a_gradient_scaler_is_saved(tmp_path):
