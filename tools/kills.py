@@ -31,7 +31,7 @@ from tools import datalist, phantom
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 SMALL = ("--feature_size", "12", "--patch_size", "[64,32,32]", "--learning_rate", "0.004")
-MOMENTS = ("starting", "training", "saving", "told to stop")
+MOMENTS = ("training", "saving", "told to stop", "starting")
 SECONDS = 300  # that a moment to kill at may be away, and that a run may take to stop when told to
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -115,6 +116,14 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_with_a_warning(tmp_path,
         (tmp_path / "run" / name).write_bytes(b"damaged")
     with pytest.raises(BadInput, match="is damaged and there is no other checkpoint; train anew"):
         train(tmp_path / "run", epochs=4)
+
+
+def test_a_run_that_is_over_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        assert "Nothing is left to train" not in caplog.text
+        model, log = train(tmp_path, epochs=2)
+    assert "Nothing is left to train: raise --max_epochs" in caplog.text and not log
 
 
 def test_resume_false_starts_anew_and_replaces_what_was_there(tmp_path):
