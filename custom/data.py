@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 from monai.config import KeysCollection
@@ -174,8 +175,8 @@ class LoadScand(LoadImaged):
         a path becomes a (channels, D, H, W) float32 `MetaTensor`. An item without a "case" is given one.
 
     Raises:
-        BadInput: for a file that can't be read, is not 3D, has other channels, a singular affine or voxels outside of
-            0.01 to 100 mm, holds NaN or infinity, or the same value everywhere.
+        BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
+            everywhere; and see `check_header`.
     """
 
     def __init__(self, keys: KeysCollection, channels: int = 1, patch_size: Sequence[int] | None = None) -> None:
@@ -195,14 +196,6 @@ class LoadScand(LoadImaged):
                     f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; split it into 3D "
                     f"volumes, or give the segmentation bundles --in_channels."
                 )
-            spacing_mm, axes = image.pixdim, image.affine[:3, :3] / image.pixdim
-            sensible = ((spacing_mm > 0.01) & (spacing_mm < 100)).all() and image.affine.isfinite().all()
-            if not sensible or not axes.det().abs() > 1e-6:
-                raise BadInput(
-                    f"{path} has a senseless affine: it is singular, not finite, or the voxels, here "
-                    f"{' x '.join(f'{s:g}' for s in spacing_mm.tolist())} mm, are outside of 0.01 to 100 mm; correct "
-                    f"the header or take it out of the data list."
-                )
             if not torch.isfinite(image).all():
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
             if image.min() == image.max():
@@ -217,13 +210,36 @@ class LoadScand(LoadImaged):
     def load(self, key: Hashable, file: str | Sequence[str], path: str) -> torch.Tensor:
         """Load a file, or several as channels; `path` names them in an error."""
         try:
-            return super().__call__({key: file})[key]
+            image = super().__call__({key: file})[key]
         except Exception as error:  # readers raise whatever the damage leads to
             cause = error.__cause__ or error
             raise BadInput(
                 f"{path} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
                 f"or take it out of the data list (`python -m tools.datalist` finds such files)."
             ) from error
+        for one in [file] if isinstance(file, str) else file:
+            check_header(one)
+        return image
+
+
+def check_header(file: str) -> None:
+    """Raise `BadInput` for a NIfTI file whose affine is senseless, or whose voxels are not one number each.
+
+    MONAI replaces such an affine by a guess, and takes the real part of a complex number.
+    """
+    if not file.lower().endswith((".nii", ".nii.gz")):
+        return
+    header = nibabel.load(file)
+    if header.get_data_dtype().kind not in "iuf":
+        raise BadInput(f"{file} does not have one number a voxel; convert it or take it out of the data list.")
+    spacing_mm = np.linalg.norm(header.affine[:3, :3], axis=0)
+    in_range = ((spacing_mm > 0.01) & (spacing_mm < 100)).all() and np.isfinite(header.affine).all()
+    if not in_range or not abs(np.linalg.det(header.affine[:3, :3] / spacing_mm)) > 1e-6:
+        raise BadInput(
+            f"{file} has a senseless affine: it is singular, not finite, or the voxels, here "
+            f"{' x '.join(f'{s:g}' for s in spacing_mm)} mm, are outside of 0.01 to 100 mm; correct the header or take "
+            f"it out of the data list."
+        )
 
 
 class LoadLabeld(LoadScand):

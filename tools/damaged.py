@@ -1,22 +1,26 @@
-"""Write damaged and odd scans, and see that each is loaded or refused in a sentence: none hangs or ends a process.
+"""Write damaged and odd scans, and see that each is loaded or refused in a sentence: none hangs or ends the process.
 
 python -m tools.damaged OUT_DIR
 """
 
 import argparse
 import gzip
+import multiprocessing
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.transforms import Compose, Orientationd, Spacingd
 from tqdm import tqdm
 
 from custom.data import LoadScand
 from custom.errors import sentence
+from tools.datalist import inspect_file
 
 SHAPE = (36, 34, 33)
 # Field of a NIfTI-1 header: offset in bytes, and how it is packed (https://nifti.nimh.nih.gov/nifti-1).
@@ -90,7 +94,7 @@ def contents() -> Iterator[tuple[str, str, bytes]]:
     yield "2D, 4D or colour", "vector.nii", saved(np.stack([base] * 3, -1)[:, :, :, None])
     colour = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
     yield "2D, 4D or colour", "colour.nii", saved(colour)
-    yield "unknown or odd voxel type", "complex.nii", saved(base.astype(np.complex64))
+    yield "complex numbers", "complex.nii", saved(base.astype(np.complex64))
     for number, (code, bits) in enumerate([(0, 0), (1, 1), (9999, 16), (4, 64), (1536, 128), (255, 8)]):
         yield "unknown or odd voxel type", f"type_{number}.nii", patched(patched(whole, DATATYPE, code), BITPIX, bits)
     for number, slope in enumerate((0.0, np.nan, np.inf, 1e38, -1.0)):
@@ -103,9 +107,11 @@ def contents() -> Iterator[tuple[str, str, bytes]]:
     for number, matrix in enumerate(singular):
         turned = patched(patched(whole, SFORM_CODE, 1), SROW, *matrix.ravel())
         yield "singular or senseless affine", f"affine_{number}.nii", turned
-    for number, zoom in enumerate((0.0, -1.0, np.nan, 1e-30, 1e30)):
+    for number, zoom in enumerate((np.nan, 1e-30, 1e30, 0.0, -1.0)):
         patch = patched(patched(whole, PIXDIM, 1, zoom, 2, 2, 0, 0, 0, 0), SFORM_CODE, 0)
-        yield "singular or senseless affine", f"spacing_{number}.nii", patch
+        # Nibabel reads the last two as 1 mm, which training cannot tell from a spacing.
+        kind = "singular or senseless affine" if number < 3 else "no spacing"
+        yield kind, f"spacing_{number}.nii", patch
     yield "other format by that name", "dicom.nii", b"\0" * 128 + b"DICM" + random.bytes(900)
     yield "other format by that name", "packed_twice.nii.gz", gzip.compress(packed, mtime=0)
     yield "other format by that name", "not_packed.nii.gz", whole
@@ -150,34 +156,50 @@ def write(folder: str | Path) -> list[tuple[str, Path]]:
     return written
 
 
-def outcomes(written: list[tuple[str, Path]]) -> list[tuple[str, Path, str]]:
-    """Load the files as the pre-training does; return the kind, the path and what was said, "" for a scan.
+def outcome(path: Path) -> tuple[str, str]:
+    """Return what training says of a file and what `tools.datalist` does; "" where it is taken.
 
     Raises:
         RuntimeError: for a file that leads to an error without a sentence.
     """
     load = Compose([LoadScand("image"), Orientationd("image", "RAS", labels=None), Spacingd("image", (2, 2, 2))])
-    told = []
-    for kind, path in tqdm(written, "loading", unit="file", disable=None):
-        message = ""
+    message = ""
+    with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             load({"image": str(path)})
         except Exception as error:
             message = sentence(error)
             if message is None:
-                raise RuntimeError(f"{path} leads to an error without a sentence.") from error
-        told.append((kind, path, message))
+                raise RuntimeError(f"{path} leads to an error without a sentence: {error!r}") from None
+    return message, inspect_file(path).reason
+
+
+def outcomes(written: list[tuple[str, Path]], limit_s: float = 60) -> list[tuple[str, Path, str, str]]:
+    """Try the files one after the other, in a process of its own; return the kind, the path and its `outcome`.
+
+    Raises:
+        RuntimeError: for a file without an outcome: the time is over, or the process was ended.
+    """
+    told = []
+    # As a DataLoader's worker: with one thread.
+    with multiprocessing.Pool(1, torch.set_num_threads, (1,)) as pool:
+        for kind, path in tqdm(written, "loading", unit="file", disable=None):
+            try:
+                told.append((kind, path, *pool.apply_async(outcome, (path,)).get(limit_s)))
+            except multiprocessing.TimeoutError:
+                raise RuntimeError(f"{path} hangs for {limit_s:g} s, or ends the process.") from None
     return told
 
 
-def table(told: list[tuple[str, Path, str]]) -> str:
+def table(told: list[tuple[str, Path, str, str]]) -> str:
     """Return a Markdown table of how many files of each kind were refused and how many were loaded."""
-    lines = ["| kind | files | refused in a sentence | loaded |", "|---|---|---|---|"]
-    for kind in dict.fromkeys(kind for kind, *_ in told):
-        refused = [bool(message) for other, _, message in told if other == kind]
-        lines.append(f"| {kind} | {len(refused)} | {sum(refused)} | {len(refused) - sum(refused)} |")
-    refused = sum(bool(message) for *_, message in told)
-    return "\n".join([*lines, f"| **all** | {len(told)} | {refused} | {len(told) - refused} |"])
+    lines = ["| kind | files | refused by training | by tools.datalist | loaded |", "|---|---|---|---|---|"]
+    for kind in [*dict.fromkeys(kind for kind, *_ in told), "**all**"]:
+        found = [(bool(message), bool(reason)) for other, _, message, reason in told if kind in (other, "**all**")]
+        refused, listed = map(sum, zip(*found, strict=True))
+        lines.append(f"| {kind} | {len(found)} | {refused} | {listed} | {len(found) - refused} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,8 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Write damaged and odd scans, load each as a training does, and tell what became of them.",
     )
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
-    with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
-        print(table(outcomes(write(parser.parse_args(argv).out_dir))))
+    print(table(outcomes(write(parser.parse_args(argv).out_dir))))
 
 
 if __name__ == "__main__":

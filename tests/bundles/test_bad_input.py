@@ -139,6 +139,8 @@ def test_a_loss_that_is_nan_names_the_cases_and_leaves_the_checkpoint(tmp_path, 
     message = spoken(monai_bundle("train", **arguments, max_epochs=3, learning_rate=1e38, warmup_iterations=2))
     assert "The loss is" in message and "iteration 3" in message
     assert "ct_000.nii.gz" in message and "ct_001.nii.gz" in message
+    dump = torch.load(tmp_path / "nan_batch_rank=0.pt", weights_only=True)
+    assert dump["image"].shape == dump["label"].shape == (2, 1, 64, 32, 32) and len(dump["case"]) == 2
     weights = torch.load(tmp_path / "checkpoint_iteration=1.pt", weights_only=True)["model"]
     assert all(value.isfinite().all() for value in weights.values())
 

@@ -33,8 +33,10 @@ def trained(tmp_path_factory, labelled_lists):
         if bundle not in runs:
             runs[bundle] = tmp_path_factory.mktemp(bundle.name)
             data = {"datalist": labelled_lists[phantom_kind(bundle)], "max_epochs": 1, "pixdim_mm": [4, 4, 4]}
+            before = set(verify.files(bundle))
             done = monai_bundle("train", bundle=bundle, **data, **folders(runs[bundle]))
             assert done.returncode == 0, done.stderr
+            assert set(verify.files(bundle)) == before
         return runs[bundle]
 
     return run
@@ -53,10 +55,15 @@ def test_every_config_runs_for_an_epoch(config, trained, labelled_lists, tmp_pat
         more = {"datalist": datalist, "max_epochs": 1} | ({"checkpoint": weights} if "evaluate" in names else {})
     launcher = {"launcher": TORCHRUN} if "multi_gpu_train" in names else {}
     if names != ["train"]:
-        output = {"output_dir": tmp_path, "ckpt_dir": tmp_path / "models", "pixdim_mm": [4, 4, 4]}
-        done = monai_bundle(*names, bundle=bundle, **launcher, **more, **output)
+        out, elsewhere, before = tmp_path / "out", tmp_path / "elsewhere", set(verify.files(bundle))
+        elsewhere.mkdir()
+        output = {**folders(out), "pixdim_mm": [4, 4, 4]}
+        done = monai_bundle(*names, bundle=bundle, cwd=elsewhere, **launcher, **more, **output)
         assert done.returncode == 0, done.stderr
-        assert any(path.is_file() for path in tmp_path.rglob("*"))
+        assert any(path.is_file() for path in out.rglob("*"))
+        # Nothing is written but there.
+        assert set(tmp_path.iterdir()) == {out, elsewhere} and not list(elsewhere.iterdir())
+        assert set(verify.files(bundle)) == before
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)

@@ -1,15 +1,10 @@
 """The pre-training bundle, run as its documentation says."""
 
-import contextlib
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -104,54 +99,6 @@ def test_a_bundle_runs_from_its_own_folder_by_relative_paths(small_list, tmp_pat
     done = subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     assert (bundle / "models" / "model.pt").is_file()
-
-
-def test_seeded_runs_are_identical(small_list, tmp_path):
-    weights, lines = [], []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run = tmp_path / name
-        assert monai_bundle("train", datalist=small_list, max_epochs=1, seed=seed, **folders(run)).returncode == 0
-        weights.append(torch.load(run / "models" / "model.pt", weights_only=True))
-        lines.append(metrics(run))
-    assert lines[0] == lines[1] != lines[2]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
-def kill_all(argument: str) -> None:
-    """Kill every process that has an argument: torchrun's workers are in sessions of their own."""
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if argument.encode() in entry.read_bytes().split(b"\0"):
-                os.kill(int(entry.parent.name), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("launcher", [(sys.executable,), TORCHRUN], ids=["one process", "torchrun"])
-def test_a_killed_run_says_so_and_ends_as_one_that_was_not(launcher, small_list, tmp_path):
-    configs = ["train"] if len(launcher) == 1 else ["train", "multi_gpu_train"]
-    arguments = {"datalist": small_list, "crops_per_volume": 4, "batch_size": 1, "max_epochs": 3}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = monai_bundle(*configs, launcher=launcher, **arguments, **folders(whole))
-    assert done.returncode == 0, done.stderr
-
-    files = [str(PRETRAINING / "configs" / f"{name}.json") for name in configs]
-    command = [*launcher, "-m", "monai.bundle", "run", "--config_file", str(files)]
-    command += overrides(bundle_root=PRETRAINING, **SMALL, **arguments, **folders(killed))
-    first = f"checkpoint_iteration={8 // len(configs)}.pt"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-        while not (killed / first).exists():
-            assert run.poll() is None, "ended before its second epoch"
-            time.sleep(0.05)
-        time.sleep(0.5)  # into the next epoch
-        kill_all(str(killed))
-    done = monai_bundle(*configs, launcher=launcher, **arguments, **folders(killed))
-    assert done.returncode == 0, done.stderr
-    assert f"Resuming from {killed}/checkpoint_iteration=" in done.stdout
-    assert metrics(killed) == metrics(whole) and len(metrics(whole)) == 3
-    weights, expected = (torch.load(run / "models" / "model.pt", weights_only=True) for run in (killed, whole))
-    assert all(torch.equal(value, weights[name]) for name, value in expected.items())
-    # Nothing is left to train now, and the command says so.
-    done = monai_bundle(*configs, launcher=launcher, **arguments, **folders(killed))
-    assert "Nothing is left to train" in done.stdout
 
 
 def test_two_processes_train_and_write_once(small_list, tmp_path):

@@ -1,6 +1,8 @@
 import contextlib
+import logging
 import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -8,10 +10,11 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from custom.errors import BadInput
-from custom.resume import RunState, Saver
+from custom.resume import RunState, Saver, listen_to_trainer_alone
 
 
 class Killed(Exception):
@@ -115,6 +118,14 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_with_a_warning(tmp_path,
         train(tmp_path / "run", epochs=4)
 
 
+def test_a_run_that_is_over_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        assert "Nothing is left to train" not in caplog.text
+        model, log = train(tmp_path, epochs=2)
+    assert "Nothing is left to train: raise --max_epochs" in caplog.text and not log
+
+
 def test_resume_false_starts_anew_and_replaces_what_was_there(tmp_path):
     train(tmp_path, epochs=4)
     _, log = train(tmp_path, epochs=2, resume=False)
@@ -149,6 +160,20 @@ def test_tensorboard_forgets_what_is_logged_again(tmp_path):
             train(tmp_path, epochs=3, stop_at=stop_at, stop=kill, summary_writer=writer)
     found = EventAccumulator(str(tmp_path / "log")).Reload().Scalars("weight")
     assert [event.step for event in found] == list(range(1, 10))
+
+
+def test_workers_end_by_their_trainer_s_signal_and_by_no_other():
+    options = {"num_workers": 1, "persistent_workers": True, "worker_init_fn": listen_to_trainer_alone}
+    loader = DataLoader(list(range(4)), **options)
+    batches = iter(loader)
+    (worker,) = batches._workers
+    next(batches)
+    for name in ("INT", "TERM", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len(list(batches)) == 3 and len(list(loader)) == 4
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_the_state_of_a_gradient_scaler_is_saved(tmp_path):

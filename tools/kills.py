@@ -1,0 +1,264 @@
+"""Kill trainings at random moments, start them again by the same command, and compare with ones that were not killed.
+
+    python -m tools.kills OUT_DIR
+
+Trains the smallest networks on phantoms for a few minutes: a pre-training, a fine-tuning from it, and a pre-training by
+two processes of torchrun. Needs Linux. A folder that was used before is used anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+from tools import datalist, phantom
+
+BUNDLES = Path(__file__).parents[1] / "bundles"
+SMALL = ("--feature_size", "12", "--patch_size", "[64,32,32]", "--learning_rate", "0.004")
+MOMENTS = ("training", "saving", "told to stop", "starting")
+SECONDS = 300  # that a moment to kill at may be away, and that a run may take to stop when told to
+
+
+@dataclass
+class Run:
+    """A training that can be started again and again.
+
+    Args:
+        bundle: name of its folder.
+        configs: names of its files.
+        launcher: what runs `monai.bundle`.
+        overrides: of the command line.
+    """
+
+    bundle: str
+    overrides: Sequence[str]
+    configs: Sequence[str] = ("train",)
+    launcher: Sequence[str] = (sys.executable,)
+
+    def start(self, folder: Path) -> subprocess.Popen:
+        """Start it in a folder, or start it again; what it says is added to a log beside that."""
+        root = BUNDLES / self.bundle
+        files = [str(root / "configs" / f"{name}.json") for name in self.configs]
+        command = [*self.launcher, "-m", "monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(root)]
+        command += ["--output_dir", str(folder), "--ckpt_dir", str(folder / "models"), *SMALL, *self.overrides]
+        with open(folder.with_suffix(".log"), "ab") as log:
+            return subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
+
+    def finish(self, folder: Path) -> None:
+        """Start it and wait for its end.
+
+        Raises:
+            RuntimeError: when it fails.
+        """
+        if self.start(folder).wait():
+            raise RuntimeError(f"The run has failed; see {folder.with_suffix('.log')}.")
+
+
+def processes(folder: Path) -> list[int]:
+    """Return the ids of all processes of a run; torchrun's are in sessions of their own, so there is no group."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in entry.read_bytes().split(b"\0"):
+                found.append(int(entry.parent.name))
+    return found
+
+
+def send(number: int, folder: Path) -> None:
+    """Send a signal to all processes of a run."""
+    for process in processes(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)
+
+
+def wait(until: Callable[[], Any], process: subprocess.Popen) -> bool:
+    """Wait until something is so; False when the process has ended before.
+
+    Raises:
+        RuntimeError: when it takes too long.
+    """
+    end = time.monotonic() + SECONDS
+    while not until():
+        if process.poll() is not None:
+            return False
+        if time.monotonic() > end:
+            raise RuntimeError(f"Nothing happens for {SECONDS} s: {' '.join(process.args)}")
+        time.sleep(0.001)
+    return True
+
+
+def kill(run: Run, folder: Path, moment: str, random: np.random.Generator, start_s: float, train_s: float) -> bool:
+    """Start a run and kill it at a moment; False when it has ended before.
+
+    Args:
+        run: to start.
+        folder: of the run.
+        moment: one of MOMENTS. When told to stop, all processes get a SIGTERM, as from a scheduler; else a SIGKILL.
+        random: for the time between the beginning of the moment and the signal.
+        start_s: seconds that a start takes.
+        train_s: seconds of training to kill it in.
+    """
+    record = folder / "run.json"  # written anew when a start is over
+    before = record.stat().st_mtime_ns if record.exists() else 0
+    process = run.start(folder)
+    if moment == "starting":
+        ready, delay_s = True, random.uniform(0, start_s)
+    else:
+        ready = wait(lambda: record.exists() and record.stat().st_mtime_ns != before, process)
+        delay_s = random.uniform(0, train_s)
+    if moment == "saving":
+        ready, delay_s = wait(lambda: any(folder.rglob("*.pt.part")), process), 0
+    if ready:
+        ready = not wait_for_end(process, delay_s)
+    if moment == "told to stop":
+        send(signal.SIGTERM, folder)
+        process.wait(SECONDS)
+    while processes(folder):  # one may have been started meanwhile
+        send(signal.SIGKILL, folder)
+        process.poll()
+        time.sleep(0.01)
+    process.wait()
+    return ready
+
+
+def wait_for_end(process: subprocess.Popen, seconds: float) -> bool:
+    """Wait some time; True when the process has ended meanwhile."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.poll() is not None
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two states are the same to the bit."""
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Return what a run leaves: weights, the state to go on from, metrics, and TensorBoard's scalars."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
+    states = {file.name: torch.load(file, weights_only=True) for file in folder.glob("checkpoint_*.pt")}
+    return {
+        "weights": torch.load(folder / "models" / "model.pt", weights_only=True),
+        "state": states,
+        "metrics": (folder / "metrics.jsonl").read_text(),
+        "TensorBoard": {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+        },
+    }
+
+
+def compare(run: Run, folder: Path, kills: int, random: np.random.Generator) -> dict[str, Any]:
+    """Train once without and once with kills.
+
+    Args:
+        run: the training.
+        folder: to write to.
+        kills: how often it is killed.
+        random: for the moments.
+
+    Returns:
+        number of kills at each of MOMENTS, and whether each of `results` is the same.
+    """
+    epochs = kills + 4  # enough to be killed in
+    run.overrides = [*run.overrides, "--max_epochs", str(epochs)]
+    shutil.rmtree(folder, ignore_errors=True)
+    whole, killed = folder / "whole", folder / "killed"
+    folder.mkdir(parents=True)
+    begun = time.monotonic()
+    process = run.start(whole)
+    wait((whole / "run.json").exists, process)
+    start_s = time.monotonic() - begun
+    if process.wait():
+        raise RuntimeError(f"The run has failed; see {whole.with_suffix('.log')}.")
+    epoch_s = (time.monotonic() - begun - start_s) / epochs
+    moments = random.permutation(np.resize(MOMENTS, kills)).tolist()
+    made = Counter(
+        moment
+        for moment in tqdm(moments, folder.name, unit="kill", disable=None)
+        if kill(run, killed, moment, random, start_s, 2 * epoch_s)
+    )
+    run.finish(killed)
+    one, other = results(whole), results(killed)
+    return {moment: made[moment] for moment in MOMENTS} | {name: equal(one[name], other[name]) for name in one}
+
+
+def table(compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table of what `compare` found for each run."""
+    columns = list(next(iter(compared.values())))
+    lines = ["| killed while | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, found in compared.items():
+        cells = [{True: "same", False: "**other**"}[v] if isinstance(v, bool) else str(v) for v in found.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns 0, or 1 when a run that was killed has ended otherwise than one that was not."""
+    parser = argparse.ArgumentParser(prog="python -m tools.kills", description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
+    add("--pretraining", type=int, default=20, metavar="N", help="kills of a pre-training (%(default)s)")
+    add("--finetuning", type=int, default=5, metavar="N", help="kills of a fine-tuning (%(default)s)")
+    add("--torchrun", type=int, default=5, metavar="N", help="kills of a run of two processes (%(default)s)")
+    add("--seed", type=int, default=0, help="of the moments (%(default)s)")
+    options = parser.parse_args(argv)
+    out = options.out_dir.absolute()
+    phantom.write(out / "phantoms", subjects=4, shape=64, kinds=("fetal",))
+    scans = out / "phantoms" / "scans.json"
+    source = [f"t2={out / 'phantoms/fetal/images'}", "--labels", "images=labels", "--validation", "0.25"]
+    if datalist.main([str(scans), *source]):
+        raise RuntimeError("The data list of the phantoms could not be made.")
+    short = ["--datalist", str(scans), "--batch_size", "1", "--crops_per_volume", "2"]
+    workers = ["--num_workers", "1"]
+    pretrained = out / "pretraining" / "whole" / "models" / "model.pt"
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    runs = {
+        "pretraining": Run("dae_pretraining", [*short, *workers, "--warmup_iterations", "6"]),
+        "finetuning": Run(
+            "feta_mri_segmentation", [*short, *workers, "--val_interval", "2", "--pretrained", str(pretrained)]
+        ),
+        "torchrun": Run(
+            "dae_pretraining",
+            [*short, "--num_workers", "0", "--warmup_iterations", "6"],
+            ("train", "multi_gpu_train"),
+            torchrun,
+        ),
+    }
+    random = np.random.default_rng(options.seed)
+    compared = {name: compare(run, out / name, getattr(options, name), random) for name, run in runs.items()}
+    print(f"\n{table(compared)}")
+    fine = all(
+        sum(found[moment] for moment in MOMENTS) == getattr(options, name)
+        and not any(v is False for v in found.values())
+        for name, found in compared.items()
+    )
+    print(
+        "\nAll runs have ended as if they had not been killed." if fine else f"\nA run has ended otherwise: see {out}."
+    )
+    return int(not fine)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
