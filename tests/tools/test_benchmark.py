@@ -1,0 +1,169 @@
+"""Tests of tools.benchmark: a grid on phantoms from end to end, killed in the middle; tables, tests, fairness."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from custom.errors import BadInput
+from tests.conftest import ROOT, SMALL
+from tools import benchmark, phantom
+from tools.benchmark import RECORD, Result, Run, p_value, read_task, table
+
+SIZES = {name: value for name, value in SMALL.items() if name != "num_workers"}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A task of four phantoms: two to train on, one to validate, one to test."""
+    folder = tmp_path_factory.mktemp("benchmark")
+    phantom.write(folder, subjects=4, shape=32, seed=0, kinds=("fetal",))
+    names = [f"fetal_00{n}.nii.gz" for n in range(4)]
+    entries = [
+        {"image": f"fetal/images/{name}", "label": f"fetal/labels/{name}", "modality": "t2", "fold": min(n, 2)}
+        for n, name in enumerate(names)
+    ]
+    (folder / "list.json").write_text(json.dumps({"training": entries[1:], "validation": entries[:1]}))
+    content = {
+        "datalist": "list.json",
+        "validation_folds": [0],
+        "test_folds": [1],
+        "pretraining": {"bundle": "dae_pretraining", "iterations": 1, "overrides": SIZES},
+        "finetuning": {
+            "bundle": "feta_mri_segmentation",
+            "iterations": 2,
+            "overrides": {**SIZES, "crops_per_volume": 1, "learning_rate": 0.01},
+        },
+        "counts": [1, 2],
+        "seeds": [0],
+    }
+    (folder / "task.json").write_text(json.dumps(content))
+    return folder / "task.json"
+
+
+def finished(out) -> dict:
+    """When each record of a finished command was written."""
+    records = {path: json.loads(path.read_text()) for path in out.rglob(RECORD)}
+    return {path: path.stat().st_mtime_ns for path, record in records.items() if record["seconds"]}
+
+
+def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, capsys):
+    out = task.parent / "out"
+    arguments = [str(task), str(out), "--section", "testing", "--methods", "scratch", "all", "--jobs", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "tools.benchmark", *arguments], cwd=ROOT, start_new_session=True)
+    while len(before := finished(out)) < 2:
+        assert process.poll() is None
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert benchmark.main(arguments) == 0
+    after = finished(out)
+    assert len(after) == 1 + 2 * 4 and {path: after[path] for path in before} == before
+    printed = capsys.readouterr().out
+    assert benchmark.main(arguments) == 0 and finished(out) == after
+
+    rows = list(csv.DictReader((out / "runs.csv").open()))
+    assert sorted((row["method"], row["count"]) for row in rows) == sorted(
+        (method, count) for method in ("scratch", "all") for count in "12"
+    )
+    text = (out / "table.md").read_text()
+    assert text in printed
+    for row in rows:
+        folder = out / row["folder"]
+        (case,) = csv.DictReader((folder / "testing/evaluation/val_mean_dice_raw.csv").open())
+        assert case["filename"].endswith("fetal_001.nii.gz")
+        start = (
+            "starts from scratch" if row["method"] == "scratch" else f"start from {out}/pretraining/all/models/model.pt"
+        )
+        assert start in (folder / "log.txt").read_text()
+        assert float(row["dice"]) == pytest.approx(float(case["mean"]), abs=1e-6)
+        assert f"{float(row['dice']):.4f} ± 0.0000 (n = 1)" in text
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
+    for name in ("dice_over_labels.png", "learning_curves.png"):
+        assert (out / name).stat().st_size > 10_000
+
+    # Fair: what two runs of a seed are started with differs in the weights alone.
+    for count in (1, 2):
+        starts = [json.loads((Run(m, count, 0).folder(out) / "run.json").read_text())[-1] for m in ("scratch", "all")]
+        scratch, ours = (
+            {name: value for name, value in start["overrides"].items() if not name.endswith("_dir")} for start in starts
+        )
+        assert ours.pop("pretrained") == str(out / "pretraining/all/models/model.pt")
+        assert ours == scratch and scratch.get("label_fraction", 1) == count / 2
+        assert starts[0]["datalist_sha256"] == starts[1]["datalist_sha256"]
+
+
+def test_what_is_tested_is_never_trained_on(task):
+    content = read_task(task)
+    names = {
+        (part, section): [entry["image"][-13:] for entry in content[part]["datalist"][section]]
+        for part in ("pretraining", "finetuning")
+        for section in content[part]["datalist"]
+    }
+    training, validation, testing = ["l_002.nii.gz", "l_003.nii.gz"], ["l_000.nii.gz"], ["l_001.nii.gz"]
+    assert {key: [name[-12:] for name in value] for key, value in names.items()} == {
+        ("pretraining", "training"): training,
+        ("pretraining", "validation"): validation,
+        ("finetuning", "training"): training,
+        ("finetuning", "validation"): validation,
+        ("finetuning", "testing"): testing,
+    }
+
+
+def changed(task, name: str, **values):
+    path = task.with_name(name)
+    path.write_text(json.dumps({**json.loads(task.read_text()), **values}))
+    return path
+
+
+def test_a_wrong_task_is_refused_in_a_sentence(task, tmp_path, capsys):
+    for values, expected in (
+        ({"test_folds": [7]}, "no case for testing"),
+        ({"counts": [3]}, "3 labelled cases, but there are 2 to train on"),
+        ({"datalist": "none.json"}, "none.json can't be read"),
+    ):
+        with pytest.raises(BadInput, match=expected):
+            read_task(changed(task, "wrong.json", **values))
+    (tmp_path / "task.json").write_text("{}")
+    assert benchmark.main([str(tmp_path / "task.json"), str(tmp_path / "out")]) == 2
+    assert "task.json lacks counts, datalist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe_does_not_mix_with_what_a_folder_holds(tmp_path):
+    (tmp_path / RECORD).write_text(json.dumps({"command": ["-c", "1"], "seconds": 3.0}))
+    assert benchmark.seconds_of(tmp_path, ["-c", "1"]) == 3
+    with pytest.raises(BadInput, match="another task or recipe"):
+        benchmark.finish(tmp_path, ["-c", "2"], threads=1)
+
+
+def test_a_run_that_fails_is_told_and_run_again(tmp_path):
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"log.txt: error: the mend$"):
+            benchmark.finish(tmp_path, ["-c", "import sys; sys.exit('error: the mend')"], threads=1)
+    assert (tmp_path / "log.txt").read_text().count("the mend") == 2
+
+
+def result(method: str, seed: int, *dice: float) -> Result:
+    return Result(Run(method, 4, seed), {f"case {n}": value for n, value in enumerate(dice)}, {}, 1.0)
+
+
+def test_paired_tests_and_the_table_by_hand():
+    """Five pairs that all differ by one sign: of 2^5 signs two are as extreme, p = 2/32; of ten, p = 2/1024."""
+    ours = [result("all", seed, *(0.8 + seed / 10 + n / 100 for n in range(5))) for seed in (0, 1)]
+    theirs = [result("scratch", seed, *(0.7 + seed / 10 - n / 1000 for n in range(5))) for seed in (0, 1)]
+    assert p_value(ours, theirs, by_case=True) == pytest.approx(2 / 32)
+    assert p_value(ours, theirs[::-1], by_case=False) == pytest.approx(2 / 1024)
+    assert p_value(ours, ours, by_case=True) == 1
+    text = table([*theirs, *ours])
+    assert "| scratch | 0.7480 ± 0.0500 (n = 2) |" in text and "| all | 0.8700 ± 0.0500 (n = 2) |" in text
+    assert "| 4 | scratch | +0.1220 | 0.002 | 0.062 |" in text
+    assert np.mean(list(ours[0].dice.values())) == pytest.approx(0.82)
