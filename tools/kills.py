@@ -216,8 +216,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.kills", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
-    add("--pretraining", type=int, default=20, metavar="N", help="kills of a pre-training (%(default)s)")
-    add("--finetuning", type=int, default=5, metavar="N", help="kills of a fine-tuning (%(default)s)")
+    add(
+        "--pretraining",
+        type=int,
+        default=20,
+        metavar="N",
+        help="kills of a pre-training (%(default)s); 0 leaves it out",
+    )
+    add("--finetuning", type=int, default=5, metavar="N", help="kills of a fine-tuning from it (%(default)s)")
     add("--torchrun", type=int, default=5, metavar="N", help="kills of a run of two processes (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args(argv)
@@ -241,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     print("\n" + row(["killed while", *MOMENTS, *RESULTS]) + "\n" + "|---" * (1 + len(MOMENTS) + len(RESULTS)) + "|")
     for name, run in runs.items():
         kills = getattr(options, name)
+        if not kills:
+            continue
         made, same = compare(run, out / name, kills, random)
         print(row([name, *made.values(), *same.values()]), flush=True)
         fine &= sum(made.values()) == kills and all(same.values())
