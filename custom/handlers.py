@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader
+from torch.nn.utils import get_total_norm
 
 from custom.errors import BadInput
 
@@ -84,7 +85,10 @@ class LoadCheckpoint(CheckpointLoader):
 
 
 class StopOnNaN:
-    """Stop before a loss that is NaN or infinite reaches the weights, name the cases of the batch and keep it.
+    """Stop when the loss or the weights are NaN or infinite, name the cases of the batch and keep it.
+
+    The loss is looked at before it reaches the weights, and the weights after each step: a loss that is finite can have
+    gradients that are not.
 
     Attach it before whatever saves the weights.
 
@@ -99,17 +103,26 @@ class StopOnNaN:
         self.dump_dir = Path(dump_dir)
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.check_weights)
 
-    def __call__(self, engine: Engine) -> None:
-        loss = engine.state.output["loss"]
-        if not torch.isfinite(loss):
-            cases = ", ".join(dict.fromkeys(engine.state.batch["case"]))
+    def check_loss(self, engine: Engine) -> None:
+        self.check(engine, "loss", engine.state.output["loss"])
+
+    def check_weights(self, engine: Engine) -> None:
+        self.check(engine, "norm of the weights", get_total_norm(engine.network.parameters()))
+
+    def check(self, engine: Engine, name: str, value: torch.Tensor) -> None:
+        if not torch.isfinite(value):
+            batch = engine.state.batch
+            cases = ", ".join(dict.fromkeys(batch["case"]))
             dump = self.dump_dir / f"nan_batch_rank={idist.get_rank()}.pt"
             dump.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({name: engine.state.batch[name] for name in ("case", "image", "label")}, dump)
+            # Plain tensors: what MONAI adds to them is not loaded with `weights_only`.
+            tensors = {name: batch[name].as_subclass(torch.Tensor) for name in ("image", "label")}
+            torch.save({"case": batch["case"], **tensors}, dump)
             raise BadInput(
-                f"The loss is {loss.item()} in iteration {engine.state.iteration}, with the cases {cases}; look at "
+                f"The {name} is {value.item()} in iteration {engine.state.iteration}, with the cases {cases}; look at "
                 f"these files and at the batch in {dump}, or lower --learning_rate. The last checkpoint is untouched."
             )
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,25 @@ from tqdm import tqdm
 from tools import datalist, phantom
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
-SMALL = ("--feature_size", "12", "--patch_size", "[64,32,32]", "--learning_rate", "0.004")
+SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "batch_size": 1, "crops_per_volume": 1, "val_pictures": 0}
 MOMENTS = ("training", "saving", "told to stop", "starting")
+RESULTS = ("weights", "state", "metrics", "TensorBoard")
 SECONDS = 300  # that a moment to kill at may be away, and that a run may take to stop when told to
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """A training that can be started again and again.
 
     Args:
         bundle: name of its folder.
+        overrides: of the command line, beside SMALL.
         configs: names of its files.
         launcher: what runs `monai.bundle`.
-        overrides: of the command line.
     """
 
     bundle: str
-    overrides: Sequence[str]
+    overrides: Mapping[str, Any]
     configs: Sequence[str] = ("train",)
     launcher: Sequence[str] = (sys.executable,)
 
@@ -56,7 +57,8 @@ class Run:
         root = BUNDLES / self.bundle
         files = [str(root / "configs" / f"{name}.json") for name in self.configs]
         command = [*self.launcher, "-m", "monai.bundle", "run", "--config_file", str(files), "--bundle_root", str(root)]
-        command += ["--output_dir", str(folder), "--ckpt_dir", str(folder / "models"), *SMALL, *self.overrides]
+        overrides = {"output_dir": folder, "ckpt_dir": folder / "models", **SMALL, **self.overrides}
+        command += [part for name, value in overrides.items() for part in (f"--{name}", str(value))]
         with open(folder.with_suffix(".log"), "ab") as log:
             return subprocess.Popen(command, cwd=root, stdout=log, stderr=log)
 
@@ -169,7 +171,7 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
-def compare(run: Run, folder: Path, kills: int, random: np.random.Generator) -> dict[str, Any]:
+def compare(run: Run, folder: Path, kills: int, random: np.random.Generator) -> tuple[dict, dict]:
     """Train once without and once with kills.
 
     Args:
@@ -181,8 +183,8 @@ def compare(run: Run, folder: Path, kills: int, random: np.random.Generator) -> 
     Returns:
         number of kills at each of MOMENTS, and whether each of `results` is the same.
     """
-    epochs = kills + 4  # enough to be killed in
-    run.overrides = [*run.overrides, "--max_epochs", str(epochs)]
+    epochs = kills + 3  # enough to be killed in
+    run = replace(run, overrides={**run.overrides, "max_epochs": epochs})
     shutil.rmtree(folder, ignore_errors=True)
     whole, killed = folder / "whole", folder / "killed"
     folder.mkdir(parents=True)
@@ -197,21 +199,16 @@ def compare(run: Run, folder: Path, kills: int, random: np.random.Generator) -> 
     made = Counter(
         moment
         for moment in tqdm(moments, folder.name, unit="kill", disable=None)
-        if kill(run, killed, moment, random, start_s, 2 * epoch_s)
+        if kill(run, killed, moment, random, start_s, epoch_s)
     )
     run.finish(killed)
     one, other = results(whole), results(killed)
-    return {moment: made[moment] for moment in MOMENTS} | {name: equal(one[name], other[name]) for name in one}
+    return {moment: made[moment] for moment in MOMENTS}, {name: equal(one[name], other[name]) for name in RESULTS}
 
 
-def table(compared: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a Markdown table of what `compare` found for each run."""
-    columns = list(next(iter(compared.values())))
-    lines = ["| killed while | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, found in compared.items():
-        cells = [{True: "same", False: "**other**"}[v] if isinstance(v, bool) else str(v) for v in found.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def row(cells: Sequence[Any]) -> str:
+    """Return a row of a Markdown table."""
+    return f"| {' | '.join({True: 'same', False: '**other**'}[c] if isinstance(c, bool) else str(c) for c in cells)} |"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,44 +216,43 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.kills", description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
-    add("--pretraining", type=int, default=20, metavar="N", help="kills of a pre-training (%(default)s)")
-    add("--finetuning", type=int, default=5, metavar="N", help="kills of a fine-tuning (%(default)s)")
+    add(
+        "--pretraining",
+        type=int,
+        default=20,
+        metavar="N",
+        help="kills of a pre-training (%(default)s); 0 leaves it out",
+    )
+    add("--finetuning", type=int, default=5, metavar="N", help="kills of a fine-tuning from it (%(default)s)")
     add("--torchrun", type=int, default=5, metavar="N", help="kills of a run of two processes (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args(argv)
     out = options.out_dir.absolute()
-    phantom.write(out / "phantoms", subjects=4, shape=64, kinds=("fetal",))
+    phantom.write(out / "phantoms", subjects=4, shape=40, kinds=("fetal",))
     scans = out / "phantoms" / "scans.json"
     source = [f"t2={out / 'phantoms/fetal/images'}", "--labels", "images=labels", "--validation", "0.25"]
     if datalist.main([str(scans), *source]):
         raise RuntimeError("The data list of the phantoms could not be made.")
-    short = ["--datalist", str(scans), "--batch_size", "1", "--crops_per_volume", "2"]
-    workers = ["--num_workers", "1"]
     pretrained = out / "pretraining" / "whole" / "models" / "model.pt"
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    pretraining = {"datalist": scans, "val_interval": 2, "warmup_iterations": 3, "num_workers": 0}
+    finetuning = {"datalist": scans, "val_interval": 2, "num_workers": 1, "pretrained": pretrained}
     runs = {
-        "pretraining": Run("dae_pretraining", [*short, *workers, "--warmup_iterations", "6"]),
-        "finetuning": Run(
-            "feta_mri_segmentation", [*short, *workers, "--val_interval", "2", "--pretrained", str(pretrained)]
-        ),
-        "torchrun": Run(
-            "dae_pretraining",
-            [*short, "--num_workers", "0", "--warmup_iterations", "6"],
-            ("train", "multi_gpu_train"),
-            torchrun,
-        ),
+        "pretraining": Run("dae_pretraining", {**pretraining, "num_workers": 1}),
+        "finetuning": Run("feta_mri_segmentation", finetuning),
+        "torchrun": Run("dae_pretraining", pretraining, ("train", "multi_gpu_train"), torchrun),
     }
     random = np.random.default_rng(options.seed)
-    compared = {name: compare(run, out / name, getattr(options, name), random) for name, run in runs.items()}
-    print(f"\n{table(compared)}")
-    fine = all(
-        sum(found[moment] for moment in MOMENTS) == getattr(options, name)
-        and not any(v is False for v in found.values())
-        for name, found in compared.items()
-    )
-    print(
-        "\nAll runs have ended as if they had not been killed." if fine else f"\nA run has ended otherwise: see {out}."
-    )
+    fine = True
+    print("\n" + row(["killed while", *MOMENTS, *RESULTS]) + "\n" + "|---" * (1 + len(MOMENTS) + len(RESULTS)) + "|")
+    for name, run in runs.items():
+        kills = getattr(options, name)
+        if not kills:
+            continue
+        made, same = compare(run, out / name, kills, random)
+        print(row([name, *made.values(), *same.values()]), flush=True)
+        fine &= sum(made.values()) == kills and all(same.values())
+    print("\nAll have ended as if they had not been killed." if fine else f"\nNot all is as it should be: see {out}.")
     return int(not fine)
 
 

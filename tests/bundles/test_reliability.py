@@ -106,7 +106,7 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(smal
 def test_the_seed_decides_and_not_the_number_of_workers(bundle, small_list, labelled_lists, tmp_path):
     datalist = small_list if bundle == PRETRAINING else labelled_lists["fetal"]
     arguments = {"datalist": datalist, "max_epochs": 2, "val_interval": 1, "learning_rate": 0.01}
-    for name, more in (("a", {}), ("b", {"num_workers": 2}), ("c", {"seed": 1})):
+    for name, more in {"a": {}, "b": {"num_workers": 2}, "c": {"seed": 1}}.items():
         done = monai_bundle("train", bundle=bundle, **arguments, **more, **folders(tmp_path / name))
         assert done.returncode == 0, done.stderr
     a, b, c = (tmp_path / name for name in "abc")

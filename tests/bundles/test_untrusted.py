@@ -54,7 +54,6 @@ def malicious(request, tmp_path, written) -> Path:
         (SEGMENTATION[1], ("train",), "pretrained"),
         (SEGMENTATION[1], ("inference",), "checkpoint"),
         (SEGMENTATION[1], ("inference", "ensemble"), "checkpoints"),
-        (PRETRAINING, ("inference",), "checkpoint"),
         (PRETRAINING, ("train", "evaluate"), "checkpoint"),
     ],
     ids=lambda value: value.name if isinstance(value, Path) else " ".join(value) if isinstance(value, tuple) else value,

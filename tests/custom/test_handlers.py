@@ -59,15 +59,22 @@ def test_metrics_log_replaces_the_lines_of_epochs_trained_again(tmp_path):
     assert all(line["learning_rate"] == 0.5 and line["iteration"] == 10 * line["epoch"] for line in lines)
 
 
-def test_a_loss_that_is_nan_stops_with_the_names_and_the_batch(tmp_path):
+def test_a_loss_or_weights_that_are_nan_stop_with_the_names_and_the_batch(tmp_path):
     run = engine()
     run.register_events(*IterationEvents)
+    run.network = torch.nn.Linear(2, 1)
     StopOnNaN(str(tmp_path / "run")).attach(run)
-    run.state.iteration, run.state.output = 7, {"loss": torch.tensor(float("nan"))}
+    run.state.iteration, run.state.output = 7, {"loss": torch.tensor(1.0)}
     run.state.batch = {"case": ["a.nii", "a.nii", "b.nii"], "image": torch.ones(3), "label": torch.zeros(3), "more": 1}
-    with pytest.raises(BadInput, match=r"nan in iteration 7, with the cases a\.nii, b\.nii;.+nan_batch_rank=0\.pt"):
+    for event in (IterationEvents.LOSS_COMPLETED, Events.ITERATION_COMPLETED):
+        run.fire_event(event)
+    assert not (tmp_path / "run").exists()
+    told = r"in iteration 7, with the cases a\.nii, b\.nii;.+nan_batch_rank=0\.pt"
+    run.state.output = {"loss": torch.tensor(float("nan"))}
+    with pytest.raises(BadInput, match=f"The loss is nan {told}"):
         run.fire_event(IterationEvents.LOSS_COMPLETED)
     dump = torch.load(tmp_path / "run" / "nan_batch_rank=0.pt", weights_only=True)
     assert dump["case"] == run.state.batch["case"] and torch.equal(dump["image"], torch.ones(3))
-    run.state.output = {"loss": torch.tensor(1.0)}
-    run.fire_event(IterationEvents.LOSS_COMPLETED)
+    run.network.weight.data[0, 1] = -float("inf")
+    with pytest.raises(BadInput, match=f"The norm of the weights is inf {told}"):
+        run.fire_event(Events.ITERATION_COMPLETED)

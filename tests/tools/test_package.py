@@ -228,6 +228,13 @@ def test_large_weights_are_fetched_by_monai_and_verified(run_dir, server, tmp_pa
     unpacked = verify.unpack(zipped, tmp_path)
     with pytest.raises(ValueError, match="models/model.pt is yet to be downloaded: .*download_large_files"):
         verify.verify(unpacked)
+    served = next(out.glob("*model.pt"))
+    whole = served.read_bytes()
+    served.write_bytes(b"tampered with")
+    with pytest.raises(RuntimeError, match="sha256"):
+        download_large_files(str(unpacked))
+    served.write_bytes(whole)
+    (unpacked / "models/model.pt").unlink()
     download_large_files(str(unpacked))
     verify.verify(unpacked)
     (unpacked / "models/model.ts").write_bytes((unpacked / "models/model.pt").read_bytes())
