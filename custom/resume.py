@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -232,7 +233,8 @@ def listen_to_trainer_alone(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        trainer = multiprocessing.parent_process().pid  # not the parent's, which may be a fork server
+        threading.Thread(target=_end_when_told_by, args=(trainer,), daemon=True).start()
 
 
 def _end_when_told_by(process: int) -> None:

@@ -33,7 +33,7 @@ BUNDLES = Path(__file__).parents[1] / "bundles"
 SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "batch_size": 1, "crops_per_volume": 1, "val_pictures": 0}
 MOMENTS = ("training", "saving", "told to stop", "starting")
 RESULTS = ("weights", "state", "metrics", "TensorBoard")
-SECONDS = 300  # that a moment to kill at may be away, and that a run may take to stop when told to
+SECONDS = 1800  # that a moment to kill at may be away, and that a run may take to stop when told to
 
 
 @dataclass(frozen=True)

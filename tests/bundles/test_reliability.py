@@ -46,7 +46,7 @@ def scans(tmp_path):
 def test_bad_cases_are_left_out_of_training_told_once_and_counted(options, scans, tmp_path):
     done = monai_bundle("train", max_epochs=3, **scans("training"), **options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("training_0.nii.gz holds NaN") == 1
+    assert (done.stdout + done.stderr).count("training_0.nii.gz holds NaN") == 1
     assert "Left out: 1 of 3 cases" in done.stdout
     assert len(metrics(tmp_path)) == 3
 

@@ -162,9 +162,10 @@ def test_tensorboard_forgets_what_is_logged_again(tmp_path):
     assert [event.step for event in found] == list(range(1, 10))
 
 
-def test_workers_end_by_their_trainer_s_signal_and_by_no_other():
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_by_their_trainer_s_signal_and_by_no_other(method):
     options = {"num_workers": 1, "persistent_workers": True, "worker_init_fn": listen_to_trainer_alone}
-    loader = DataLoader(list(range(4)), **options)
+    loader = DataLoader(list(range(4)), multiprocessing_context=method, **options)
     batches = iter(loader)
     (worker,) = batches._workers
     next(batches)
