@@ -160,10 +160,10 @@ def equal(one: Any, other: Any) -> bool:
 def results(folder: Path) -> dict[str, Any]:
     """Return what a run leaves: weights, the state to go on from, metrics, and TensorBoard's scalars."""
     events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
-    states = {file.name: torch.load(file, weights_only=True) for file in folder.glob("checkpoint_*.pt")}
+    last = max(folder.glob("checkpoint_*.pt"), key=lambda file: int(file.stem.split("=")[1]))
     return {
         "weights": torch.load(folder / "models" / "model.pt", weights_only=True),
-        "state": states,
+        "state": torch.load(last, weights_only=True),
         "metrics": (folder / "metrics.jsonl").read_text(),
         "TensorBoard": {
             tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
