@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,6 +144,13 @@ def find_scans(
     return items
 
 
+def name_of(item: Mapping[Hashable, Any]) -> str:
+    """Return the name of a case: its "case" or, where a program such as MONAI Label gives none, its (first) file."""
+    if "case" in item:
+        return item["case"]
+    return item["image"] if isinstance(item["image"], str) else item["image"][0]
+
+
 def check_modality(name: str, known: Sequence[str], where: str) -> None:
     """Raise `BadInput` that says where, for a modality that is not known."""
     if name not in known:
@@ -163,7 +171,7 @@ class LoadScand(LoadImaged):
         patch_size: if given, a volume smaller than it is noted in the log (it will be padded).
 
     Shapes:
-        a path becomes a (channels, D, H, W) float32 `MetaTensor`.
+        a path becomes a (channels, D, H, W) float32 `MetaTensor`. An item without a "case" is given one.
 
     Raises:
         BadInput: for a file that can't be read, is not 3D, has other channels, a singular affine or voxels outside of
@@ -176,7 +184,7 @@ class LoadScand(LoadImaged):
         self.patch_size = patch_size
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
-        output = dict(data)
+        output = {"case": name_of(data), **data}
         for key in self.keys:
             path = data[key] if isinstance(data[key], str) else " and ".join(map(str, data[key]))
             output[key] = image = self.load(key, data[key], path)

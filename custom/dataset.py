@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from monai.data import CacheDataset, DistributedSampler
 
+from custom.data import name_of
 from custom.errors import BadInput, sentence
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class CaseDataset(CacheDataset):
     transformed can be left out: the next one that can takes its place.
 
     Args:
-        data: items; those with the same "case" are one case.
+        data: items; those of the same name, see `name_of`, are one case.
         transform: a MONAI `Compose`.
         seed: of the random transforms.
         bad_cases: "stop" at a case that fails, or "skip" it and say so once.
@@ -94,10 +95,10 @@ class CaseDataset(CacheDataset):
         """Mark all items of the case that failed, or stop."""
         if not self.skip:
             raise error
-        case = self.data[index]["case"]
+        case = name_of(self.data[index])
         if not self.bad[index]:
             logger.warning(f"Left out: {sentence(error) or f'{case}: {error}'}")
-        self.bad |= torch.tensor([other["case"] == case for other in self.data])
+        self.bad |= torch.tensor([name_of(other) == case for other in self.data])
         if self.bad.sum() > self.max_bad_share * len(self):
             raise BadInput(
                 f"{int(self.bad.sum())} of {len(self)} items can't be read, more than --max_bad_share "

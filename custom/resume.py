@@ -65,7 +65,7 @@ class RunState:
         objects: what has a state beside the trainer: model, optimizer, ...
         metrics: of the training, which an interrupted epoch goes on with.
         seed: of what is random in the main process; what is random in a sample is seeded by `CaseDataset`.
-        resume: False starts anew, whatever the folder holds.
+        resume: False starts anew and removes the checkpoints that the folder holds.
         map_location: device to load to.
 
     Raises:
@@ -112,12 +112,19 @@ class RunState:
         )
         if self.resume:
             self.load(engine)
+        elif idist.get_rank() == 0:
+            for file in self.files():
+                file.unlink()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self.tell_to_stop)
 
+    def files(self) -> list[Path]:
+        """Return the checkpoints in the folder of the run, the last one last."""
+        return sorted(self.run_dir.glob("checkpoint_iteration=*.pt"), key=lambda file: int(file.stem.split("=")[1]))
+
     def load(self, engine: Engine) -> None:
-        files = sorted(self.run_dir.glob("checkpoint_iteration=*.pt"), key=lambda file: int(file.stem.split("=")[1]))
+        files = self.files()
         if not files:
             return
         while not is_whole(files[-1]):

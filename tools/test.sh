@@ -1,8 +1,23 @@
 #!/usr/bin/env bash
 # Lint and all tests, in a virtual environment that is made on first use. Arguments go to pytest.
+# With "integration" as the first argument: the tests with the real servers of others, each of which lives in an
+# environment of its own, .venv-NAME, made of the complete list of packages in tests/integration/NAME.txt.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" "[test]"
-ruff check .
-ruff format --check .
+if [ "${1-}" = integration ]; then
+    for list in tests/integration/*.txt; do
+        environment=".venv-$(basename "$list" .txt)"
+        cmp --silent "$list" "$environment/installed.txt" || {
+            echo "Making the virtual environment $environment"
+            python -m venv --clear "$environment"
+            "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$list"
+            cp "$list" "$environment/installed.txt"
+        }
+    done
+    set -- tests/integration "${@:2}"
+else
+    ruff check .
+    ruff format --check .
+fi
 # Two workers of one thread each: most of the time goes into processes that are started one after the other.
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"

@@ -1,0 +1,32 @@
+"""What the tests with real servers share: their environments, and packages as an engineer would get them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SEGMENTATION, folders, monai_bundle
+from tools import package
+
+BTCV, FETA = SEGMENTATION
+
+
+def python_of(environment: str) -> Path:
+    """Return the Python of the environment that is made of a list of packages beside this file."""
+    python = ROOT / f".venv-{environment}" / "bin" / "python"
+    assert python.is_file(), f"{python} is made by `bash tools/test.sh integration`"
+    return python
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory, labelled_lists) -> dict[str, Path]:
+    """The package of each segmentation bundle, with the weights of a short training on phantoms."""
+    built = {}
+    for bundle, kind, spacing_mm in ((BTCV, "ct", [3, 3, 3]), (FETA, "fetal", None)):
+        run_dir = tmp_path_factory.mktemp(bundle.name)
+        more = {"datalist": labelled_lists[kind], "max_epochs": 4, "learning_rate": 0.01, "overlap": 0.1}
+        if spacing_mm:
+            more["pixdim_mm"] = spacing_mm
+        done = monai_bundle("train", bundle=bundle, **more, **folders(run_dir))
+        assert done.returncode == 0, done.stderr
+        built[bundle.name] = package.build(bundle, tmp_path_factory.mktemp("dist"), run_dir)
+    return built
