@@ -21,9 +21,9 @@ from monai.deploy.operators import (
 
 
 def readable(file: str) -> str | io.BytesIO:
-    """Return a DICOM file as the SDK can read it: itself, or a copy in memory in which nothing that is needed is empty.
+    """Return a DICOM file as the SDK can read it: itself, or a copy in memory that lacks nothing.
 
-    De-identification often empties UIDs. Those of class and instance stand in the file's header too. Those of series and
+    A series number may be empty, which the SDK can't read. De-identification often empties UIDs. Those of class and instance stand in the file's header too. Those of series and
     study are made from that of the frame of reference, which all images of a series have in common.
     """
     try:
@@ -43,7 +43,7 @@ def readable(file: str) -> str | io.BytesIO:
             logging.warning(f"{file} has no {name}; it is segmented as {uid}.")
             setattr(dataset, name, uid)
             changed = True
-    if "SeriesNumber" in dataset and dataset.SeriesNumber is None:  # which is allowed
+    if "SeriesNumber" in dataset and dataset.SeriesNumber is None:
         del dataset.SeriesNumber
         changed = True
     if not changed:
@@ -110,8 +110,8 @@ class Volume(DICOMSeriesToVolumeOperator):
                 f"The series {series.SeriesInstanceUID} of {len(images)} images is no volume: between its images are "
                 f"{gaps_mm.min():.3g} to {gaps_mm.max():.3g} mm; some are missing, or it is several volumes."
             )
-        # Going along a row, from column to column, takes the spacing of columns, which comes second in PixelSpacing; the
-        # SDK takes the first, and the second for going along a column.
+        # Going along a row, from column to column, takes the spacing of columns, the second of PixelSpacing; the SDK
+        # takes the first, and the second for going along a column.
         rows_mm, columns_mm = images[0].get_native_sop_instance().PixelSpacing
         for name in (self.ATTRIBUTE_DICOM_AFFINE, self.ATTRIBUTE_NIFTI_AFFINE):
             getattr(series, name)[:, :2] *= (columns_mm / rows_mm, rows_mm / columns_mm)

@@ -15,7 +15,7 @@ import pydicom
 import SimpleITK
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-# Along a row the voxels are 2.5 mm apart, along a column 4 mm; images are turned by 30 degrees around the patient's axis.
+# Along a row the voxels are 2.5 mm apart, along a column 4 mm; images are turned around the patient's axis.
 ROWS, COLUMNS, IMAGES = 40, 64, 12
 ROWS_MM, COLUMNS_MM, IMAGES_MM = 4.0, 2.5, 5.0
 ALONG_ROW, ALONG_COLUMN = (0.8660254, 0.5, 0.0), (-0.5, 0.8660254, 0.0)
