@@ -23,8 +23,9 @@ from monai.deploy.operators import (
 def readable(file: str) -> str | io.BytesIO:
     """Return a DICOM file as the SDK can read it: itself, or a copy in memory that lacks nothing.
 
-    A series number may be empty, which the SDK can't read. De-identification often empties UIDs. Those of class and instance stand in the file's header too. Those of series and
-    study are made from that of the frame of reference, which all images of a series have in common.
+    A series number may be empty, which the SDK can't read. De-identification often empties UIDs. Those of class and
+    instance stand in the file's header too; those of series and study are made from that of the frame of reference,
+    which all images of a series have in common.
     """
     try:
         dataset = pydicom.dcmread(file)
