@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 from skimage.measure import label as components
 
@@ -220,6 +221,31 @@ def test_fold_and_share_of_labels_are_ids_and_a_run_is_resumed(labelled_lists, t
     done = run(FETA, "train", max_epochs=2, **arguments, **folders(tmp_path))
     assert f"Resuming from {tmp_path}/checkpoint_iteration=1.pt" in done.stdout
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["images_fetal_000.png"]  # that of fold 0
+
+
+def test_cases_may_be_given_without_a_list_and_none_to_validate(labelled_lists, tmp_path):
+    """As MONAI Label gives them: nothing but image and label."""
+    folder = labelled_lists["fetal"].parent
+    cases = [
+        {"image": f"{folder}/images/fetal_00{n}.nii.gz", "label": f"{folder}/labels/fetal_00{n}.nii.gz"} for n in (0, 1)
+    ]
+    arguments = {"max_epochs": 1, "val_interval": 1, "train__dataset__data": cases[:1]}
+    run(FETA, "train", validate__dataset__data=cases[1:], **arguments, **folders(tmp_path / "validated"))
+    report = rows_of(tmp_path / "validated/validation/val_mean_dice_raw.csv")
+    assert [row[0] for row in report] == [cases[1]["image"]]
+    run(FETA, "train", validate__dataset__data=[], **arguments, **folders(tmp_path / "not"))
+    assert weights(tmp_path / "not") and "val_mean_dice" not in metrics(tmp_path / "not")[0]
+
+
+@each_bundle
+def test_a_training_in_monai_label_is_a_run_of_its_own(bundle, monkeypatch):
+    """Its server tells its processes where its app is."""
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/train.json"))
+    assert parser.get_parsed_content("resume") is True
+    monkeypatch.setenv("MONAI_LABEL_APP_DIR", "monaibundle")
+    parser.parse(reset=True)
+    assert parser.get_parsed_content("resume") is False
 
 
 def test_two_processes_train_and_evaluate(labelled_lists, tmp_path):

@@ -117,6 +117,8 @@ def test_a_scan_may_have_several_channels(tmp_path):
     assert item == {"image": paths, "case": "0.nii"}
     assert find_scans([paths])[0]["image"] == paths
     image = LoadScand("image", channels=2)(item)["image"]
+    nameless = {"image": paths}
+    assert [LoadScand("image", channels=2)(given)["case"] for given in (item, nameless)] == ["0.nii", paths[0]]
     assert image.shape == (2, 4, 5, 6) and not torch.equal(image[0], image[1])
     with pytest.raises(BadInput, match="0.nii and .*1.nii is not a 3D volume but has 2 channels.*--in_channels"):
         LoadScand("image")(item)

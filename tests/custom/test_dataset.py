@@ -87,6 +87,13 @@ def test_bad_cases_stop_or_are_replaced_and_told_once(caplog, num_workers, cache
         assert caplog.text.count("Left out: negative.nii is negative.") == 1
 
 
+def test_a_bad_case_without_a_name_is_that_of_its_file(caplog):
+    data = [{"image": name} for name in ("bad.nii", "good.nii", "bad.nii")]
+    load = Lambdad("image", lambda name: fail_on_negative(torch.tensor([-1.0 if name == "bad.nii" else 1.0])))
+    skip = {"bad_cases": "skip", "max_bad_share": 0.7, "num_workers": 0, "progress": False}
+    assert epoch_of(CaseDataset(data, Compose([load]), **skip)) == [1, 1, 1]
+
+
 def test_too_many_bad_cases_stop(caplog):
     with pytest.raises(BadInput, match=r"2 of 5 items can't be read, more than --max_bad_share 0\.3; the last: negat"):
         epoch_of(dataset([1.0, -2.0, 3.0, 4.0, -5.0], bad_cases="skip", max_bad_share=0.3, cache_rate=0))

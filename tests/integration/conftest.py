@@ -23,7 +23,7 @@ def packages(tmp_path_factory, labelled_lists) -> dict[str, Path]:
     built = {}
     for bundle, kind, spacing_mm in ((BTCV, "ct", [3, 3, 3]), (FETA, "fetal", None)):
         run_dir = tmp_path_factory.mktemp(bundle.name)
-        more = {"datalist": labelled_lists[kind], "max_epochs": 8, "val_interval": 8, "learning_rate": 0.01}
+        more = {"datalist": labelled_lists[kind], "max_epochs": 4, "learning_rate": 0.01, "overlap": 0.1}
         if spacing_mm:
             more["pixdim_mm"] = spacing_mm
         done = monai_bundle("train", bundle=bundle, **more, **folders(run_dir))

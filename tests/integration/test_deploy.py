@@ -1,0 +1,165 @@
+"""The example application, run by MONAI Deploy's App SDK, gives what `monai.bundle run` gives."""
+
+import shutil
+import subprocess
+
+import nibabel
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, monai_bundle
+from tests.integration.conftest import BTCV, FETA, python_of
+from tools import package, verify
+
+
+def dicom(*arguments) -> None:
+    """Run tests/integration/dicom.py in the environment of the application."""
+    command = [python_of("deploy"), ROOT / "tests/integration/dicom.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def application(scan, output, bundle) -> subprocess.CompletedProcess:
+    """Run the application as documented."""
+    command = [python_of("deploy"), "examples/deploy", "-i", scan, "-o", output, "-m", bundle]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+
+
+@pytest.fixture(scope="module")
+def bundles(packages, tmp_path_factory):
+    """The folders of the unpacked packages."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    return {name: verify.unpack(zipped, folder) for name, zipped in packages.items()}
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """A CT and an MR series with unequal pixel spacing."""
+    folder = tmp_path_factory.mktemp("series")
+    for modality in ("CT", "MR"):
+        dicom("draw", folder / modality, modality)
+    return folder
+
+
+def by_bundle(bundle, scan, output) -> nibabel.Nifti1Image:
+    """Segment a NIfTI file with `monai.bundle run`."""
+    values = package.read(bundle / "configs/inference.json")
+    sizes = {name: values[name] for name in ("feature_size", "patch_size")}
+    done = monai_bundle("inference", bundle=bundle, dataset_dir=scan, output_dir=output, **sizes)
+    assert done.returncode == 0, done.stderr
+    return nibabel.load(output / f"{scan.name.removesuffix('.nii.gz')}_seg.nii.gz")
+
+
+def check_seg(scan, bundle, folder) -> np.ndarray:
+    """Segment a series with the application and, as NIfTI, with the bundle; compare, and return the label map."""
+    done = application(scan, folder / "seg", bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (folder / "seg").glob("*.dcm")
+    dicom("nifti", scan, folder / "scan.nii.gz")
+    dicom("read", file, folder / "scan.nii.gz", folder / "seg.npz")
+    found = np.load(folder / "seg.npz")
+    label = np.asarray(by_bundle(bundle, folder / "scan.nii.gz", folder).dataobj)
+    assert np.count_nonzero(found["label"] != label) == 0
+    metadata = package.read(bundle / "configs/metadata.json")
+    assert found["names"].tolist() == package.read(bundle / "configs/inference.json")["labels"][1:]
+    assert found["model"].tolist()[:3] == [metadata[name] for name in ("authors", "name", "version")]
+    assert found["model"][3] and found["series"]
+    return label
+
+
+@pytest.mark.parametrize("bundle, modality", [(BTCV, "CT"), (FETA, "MR")])
+def test_a_series_of_unequal_pixel_spacing(bundle, modality, bundles, series, tmp_path):
+    """Turned, too, and with a series number that is empty; some segments are absent."""
+    label = check_seg(series / modality, bundles[bundle.name], tmp_path)
+    assert 1 < len(np.unique(label)) <= 14
+    assert nibabel.load(tmp_path / "scan.nii.gz").header.get_zooms() == pytest.approx((2.5, 4, 5))
+
+
+def test_the_real_ct(bundles, real_data, tmp_path):
+    """Its UIDs were taken out; it is compressed with JPEG 2000."""
+    label = check_seg(real_data / "ct_dicom" / "series", bundles[BTCV.name], tmp_path)
+    assert label.shape == (512, 512, 20) and len(np.unique(label)) > 1
+
+
+def test_nifti_to_nifti(bundles, series, tmp_path):
+    """Without a model.ts: the SDK then takes the network of the config and model.pt."""
+    bundle = tmp_path / FETA.name
+    shutil.copytree(bundles[FETA.name], bundle)
+    (bundle / "models/model.ts").unlink()
+    dicom("nifti", series / "MR", tmp_path / "scan.nii.gz")
+    done = application(tmp_path / "scan.nii.gz", tmp_path / "app", bundle)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = (
+        nibabel.load(tmp_path / "app/scan_seg.nii.gz"),
+        by_bundle(bundle, tmp_path / "scan.nii.gz", tmp_path),
+    )
+    assert np.array_equal(found.dataobj, expected.dataobj)
+    assert found.get_data_dtype() == np.uint8
+    assert np.array_equal(found.affine, nibabel.load(tmp_path / "scan.nii.gz").affine)
+
+
+def empty(folder, series, bundle):
+    """No DICOM."""
+    (folder / "notes.txt").write_text("nothing")
+    return folder, bundle
+
+
+def other(folder, series, bundle):
+    """MR for a bundle that takes CT."""
+    return series / "MR", bundle
+
+
+def gap(folder, series, bundle):
+    """A series without one of its images."""
+    shutil.copytree(series / "CT", folder / "series")
+    (folder / "series/5.dcm").unlink()
+    return folder / "series", bundle
+
+
+def two(folder, series, bundle):
+    """CT of two studies."""
+    for name in ("a", "b"):
+        dicom("draw", folder / name, "CT")
+    return folder, bundle
+
+
+def no_weights(folder, series, bundle):
+    """A bundle as it is in the repository."""
+    return series / "CT", BTCV
+
+
+def no_bundle(folder, series, bundle):
+    """A folder that is none."""
+    return series / "CT", folder
+
+
+def damaged(folder, series, bundle):
+    """A file that is no NIfTI."""
+    (folder / "a.nii.gz").write_text("nothing")
+    return folder / "a.nii.gz", bundle
+
+
+@pytest.mark.parametrize(
+    "make, expected",
+    [
+        (empty, "has no DICOM files, the bundle takes CT Image Storage; name another with --input."),
+        (other, "has MR Image Storage only, the bundle takes CT Image Storage; name another with --input."),
+        (gap, "of 11 images is no volume: between its images are 5 to 10 mm; some are missing, or it is several"),
+        (two, "has CT Image Storage of 2 studies; name a folder with one."),
+        (no_weights, "has no models/model.ts or models/model.pt; download one with weights."),
+        (no_bundle, "is no bundle, it has no configs/metadata.json; name another with --model."),
+        (damaged, "can't be read; is it a whole NIfTI file?"),
+    ],
+)
+def test_bad_input(make, expected, bundles, series, tmp_path):
+    scan, bundle = make(tmp_path, series, bundles[BTCV.name])
+    done = application(scan, tmp_path / "seg", bundle)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and expected in last
+    assert not list((tmp_path / "seg").glob("*"))
+
+
+def test_the_application_s_requirements_are_those_that_are_tested():
+    tested = (ROOT / "tests/integration/deploy.txt").read_text().splitlines()
+    assert set((ROOT / "examples/deploy/requirements.txt").read_text().splitlines()) <= set(tested)

@@ -1,0 +1,162 @@
+"""MONAI Label's own server with both segmentation bundles, over REST, as docs/monai_label.md says."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from tests.integration.conftest import BTCV, FETA, python_of
+
+# Real volumes, or phantoms where there are none: folder, name of the scan and of its label map.
+REAL = {BTCV.name: ("ct", "abdomen_slab_3mm"), FETA.name: ("fetal_mri", "fetal_SB_atlas_GA21_notoperated")}
+PHANTOMS = {BTCV.name: ("ct", "ct_000"), FETA.name: ("fetal", "fetal_000")}
+each_model = pytest.mark.parametrize("model", [BTCV.name, FETA.name])
+
+
+@pytest.fixture(scope="module")
+def python() -> Path:
+    return python_of("label")
+
+
+@pytest.fixture(scope="module")
+def scans(phantoms, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """A scan for each bundle, and its label map."""
+    real = Path(os.environ.get("DAE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    root, chosen = (real, REAL) if real.is_dir() else (phantoms, PHANTOMS)
+    return {
+        model: tuple(root / folder / kind / f"{name}.nii.gz" for kind in ("images", "labels"))
+        for model, (folder, name) in chosen.items()
+    }
+
+
+class Server:
+    """A server in a process of its own, and what is asked of it with curl."""
+
+    def __init__(self, python: Path, folder: Path, packages: dict[str, Path], models: str) -> None:
+        self.app, self.studies = folder / "apps" / "monaibundle", folder / "studies"
+        command = [python, "-m", "monailabel.main", "apps", "--download", "--name", "monaibundle"]
+        subprocess.run([*command, "--output", self.app.parent], check=True, cwd=folder, capture_output=True)
+        for package in packages.values():
+            zipfile.ZipFile(package).extractall(self.app / "model")
+        self.studies.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "server.log"
+        command = [python, "-m", "monailabel.main", "start_server", "--app", self.app, "--studies", self.studies]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--conf", "zoo_source", "local"]
+        command += ["--conf", "sam2", "false", "--conf", "models", models]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        """Wait until it answers or has ended."""
+        for _ in range(600):
+            if self.process.poll() is not None or self.ask("/info/", check=False)[0] == 200:
+                return
+            time.sleep(0.5)
+        raise TimeoutError(self.log.read_text()[-2000:])
+
+    def stop(self) -> None:
+        """End it with the trainings that it has started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def ask(self, path: str, *options, check: bool = True):
+        """Return the status of a request and its answer."""
+        command = ["curl", "--silent", "--write-out", "\n%{http_code}", *map(str, options), self.url + path]
+        answer, _, status = subprocess.run(command, capture_output=True, text=True).stdout.rpartition("\n")
+        assert not check or status == "200", (answer, self.log.read_text()[-3000:])
+        return int(status), json.loads(answer) if answer.startswith(("{", "[")) else answer
+
+    def infer(self, model: str, scan: Path, output: Path) -> nibabel.Nifti1Image:
+        image = scan.name.removesuffix(".nii.gz")
+        self.ask(f"/infer/{model}?image={image}&output=image", "--request", "POST", "--output", output)
+        return nibabel.load(output)
+
+    def train(self, model: str, **options) -> dict:
+        """Train, and return what became of it."""
+        data = ["--header", "Content-Type: application/json", "--data", json.dumps(options)]
+        self.ask(f"/train/{model}", *data)
+        while (task := self.ask("/train/")[1])["status"] in ("SUBMITTED", "RUNNING"):
+            time.sleep(1)
+        return task
+
+
+@pytest.fixture(scope="module")
+def server(python, packages, scans, tmp_path_factory):
+    """A server with both bundles and a scan for each, without labels."""
+    server = Server(python, tmp_path_factory.mktemp("label"), packages, ",".join(packages))
+    try:
+        for scan, _ in scans.values():
+            shutil.copy(scan, server.studies)
+        server.wait()
+        yield server
+    finally:
+        server.stop()
+
+
+def bundle_run(python: Path, folder: Path, scan: Path, output: Path) -> nibabel.Nifti1Image:
+    """The label map of `monai.bundle run`, in the server's environment and from the bundle's folder."""
+    command = [python, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    command += ["--dataset_dir", scan, "--output_dir", output]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return nibabel.load(output / scan.name.replace(".nii", "_seg.nii"))
+
+
+def differing(one: nibabel.Nifti1Image, other: nibabel.Nifti1Image) -> int:
+    """Number of voxels in which two label maps differ, which lie in the same place."""
+    assert np.allclose(one.affine, other.affine, atol=1e-4)
+    return int((np.asarray(one.dataobj) != np.asarray(other.dataobj)).sum())
+
+
+def test_both_bundles_are_loaded_with_their_labels(server):
+    info = server.ask("/info/")[1]
+    for bundle in (BTCV, FETA):
+        labels = json.loads((bundle / "configs/train.json").read_text())["labels"][1:]
+        assert info["models"][bundle.name]["labels"] == {name: number for number, name in enumerate(labels, 1)}
+        assert info["trainers"][bundle.name]["config"]["pretrained"] is True
+    assert info["datastore"]["total"] == 2
+
+
+@each_model
+def test_a_label_is_taken_trained_on_and_its_weights_are_served(model, server, python, scans, tmp_path):
+    """All that a user does with a model; each label map is that of `monai.bundle run` with the same weights."""
+    scan, truth = scans[model]
+    folder = server.app / "model" / model
+    before = server.infer(model, scan, tmp_path / "before.nii.gz")
+    assert differing(before, bundle_run(python, folder, scan, tmp_path / "before")) == 0
+    assert len(np.unique(before.dataobj)) > 1
+
+    image = scan.name.removesuffix(".nii.gz")
+    server.ask(f"/datastore/label?image={image}&tag=final", "--request", "PUT", "--form", f"label=@{truth}")
+    try:
+        task = server.train(model, max_epochs=1)
+        assert task["status"] == "DONE", "\n".join(task["details"])
+        after = server.infer(model, scan, tmp_path / "after.nii.gz")
+        assert differing(after, before) > 0
+        assert differing(after, bundle_run(python, folder, scan, tmp_path / "after")) == 0
+
+        # The next training is not the first one's end: it starts from the current weights, and trains.
+        first = (folder / "models/model.pt").read_bytes()
+        task = server.train(model, max_epochs=2)
+        assert task["status"] == "DONE" and (folder / "models/model.pt").read_bytes() != first
+        lines = [json.loads(line) for line in (folder / "eval/metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == [1, 2]
+        assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.ts"}
+    finally:
+        server.ask(f"/datastore/label?id={image}&tag=final", "--request", "DELETE")
