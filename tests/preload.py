@@ -1,5 +1,6 @@
 """What the server imports from which tests fork their runs, and how a run is made there."""
 
+import multiprocessing
 import os
 import runpy
 import sys
@@ -18,6 +19,8 @@ def run_module(argv: list[str], cwd: Path, stdout: Path, stderr: Path) -> None:
     os.chdir(cwd)
     sys.path[0] = str(cwd)
     sys.argv = argv
+    # A fork server hands its own way to start processes down to what it starts; a run of a user has the system's.
+    multiprocessing.set_start_method(None, force=True)
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
     except SystemExit:
