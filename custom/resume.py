@@ -60,11 +60,12 @@ class Saver:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, self.dirname / filename)
-        except (OSError, RuntimeError) as error:  # torch's writer turns the former into the latter
+        except (OSError, RuntimeError) as error:
+            cause = error.__context__ or error  # torch's writer raises another error on top of the disk's
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise BadInput(
-                f"{self.dirname / filename} could not be saved ({error}); mend the disk or make room on it, then the "
+                f"{self.dirname / filename} could not be saved ({cause}); mend the disk or make room on it, then the "
                 f"same command goes on from the last checkpoint, which is intact."
             ) from error
 
