@@ -1,6 +1,6 @@
 """Measure how fast this machine trains, and what each part of it costs or saves.
 
-    python -m tools.speed OUT --feature_size 48 --patch_size 96 --volume 192
+    python -m tools.speed OUT --feature_size 48 --patch_size 96 96 96 --volume 192
 
 Four measurements, each on synthetic CT drawn for it: the training step of each precision and option; crops per second
 of each way to the data; the share of a real training that waits for data; sliding-window inference of a whole volume.
@@ -88,7 +88,7 @@ def make_network(parts: frozenset[str], settings: dict[str, Any]) -> SwinUNETR:
     sizes = {"in_channels": 1, "out_channels": 1, "feature_size": settings["feature_size"]}
     if not parts:
         return SwinUNETR(**sizes).to(device())
-    begin([settings["patch_size"]] * 3)
+    begin(settings["patch_size"])
     network = DisruptiveAutoencoder(**sizes, use_checkpoint="checkpointing" in parts).to(device())
     for module in network.modules():
         if isinstance(module, InstanceNorm) and "norm" not in parts:
@@ -104,7 +104,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, float]:
     network = make_network(parts, settings).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
     disruptive = DisruptiveLoss()
-    image = torch.rand(settings["batch_size"], 1, *[settings["patch_size"]] * 3, device=device())
+    image = torch.rand(settings["batch_size"], 1, *settings["patch_size"], device=device())
     target = {"image": image, "modality": torch.arange(len(image), device=device())}
 
     def work() -> None:
@@ -123,7 +123,7 @@ def inference(name: str, settings: dict[str, Any]) -> dict[str, float]:
     """Measure the sliding window over a cube, after one patch to warm up."""
     network = make_network(INFERENCE[name], settings).eval()
     volume = torch.rand(1, 1, *[settings["volume"]] * 3, device=device())
-    patch = [settings["patch_size"]] * 3
+    patch = settings["patch_size"]
     with torch.inference_mode():
         network(volume[..., : patch[0], : patch[1], : patch[2]])
         taken = seconds(lambda: sliding_window_inference(volume, patch, 1, network, overlap=0.5, mode="gaussian"))
@@ -132,13 +132,13 @@ def inference(name: str, settings: dict[str, Any]) -> dict[str, float]:
 
 def training(settings: dict[str, Any], folder: Path, **overrides) -> ConfigWorkflow:
     """Return the bundle's training on the synthetic CT, ready to run."""
-    values = {name: settings[name] for name in ("feature_size", "batch_size")}
+    values = {name: settings[name] for name in ("feature_size", "patch_size", "batch_size")}
     values |= {
         "datalist": str(folder / "list.json"),
         "output_dir": str(folder / "run"),
         "ckpt_dir": str(folder / "run"),
     }
-    values |= {"bundle_root": str(BUNDLE), "patch_size": [settings["patch_size"]] * 3, "resume": False, **overrides}
+    values |= {"bundle_root": str(BUNDLE), "resume": False, **overrides}
     config = BUNDLE / "configs" / "train.json"
     workflow = ConfigWorkflow(
         str(config), str(BUNDLE / "configs" / "metadata.json"), None, workflow_type="train", **values
@@ -250,7 +250,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and write."""
     settings = {name: getattr(options, name) for name in ("feature_size", "patch_size", "batch_size", "volume")}
     settings |= {"volumes": options.volumes, "crops": options.crops}
-    check_patch_size([options.patch_size] * 3)
+    check_patch_size(options.patch_size)
     options.out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"machine": apart(machine), "settings": settings}
     result["command"] = "python -m tools.speed " + shlex.join(sys.argv[1:])
@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     add, kinds = parser.add_argument, ["step", "data", "waiting", "inference"]
     add("out", metavar="OUT", type=Path, help="folder to write to")
     add("--feature_size", type=int, default=24, metavar="N", help="of the network (%(default)s; published: 48)")
-    add("--patch_size", type=int, default=64, metavar="N", help="side in voxels (%(default)s; published: 96)")
+    add("--patch_size", type=int, nargs=3, default=[64] * 3, metavar="N", help="in voxels (64 64 64; published: 96)")
     add("--batch_size", type=int, default=1, metavar="N", help="(%(default)s)")
     add("--volume", type=int, default=128, metavar="N", help="side of a volume in voxels (%(default)s)")
     add("--volumes", type=int, default=3, metavar="N", help="how many (%(default)s)")
