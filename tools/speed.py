@@ -5,9 +5,9 @@
 Four measurements, each on synthetic CT drawn for it: the training step of each precision and option; crops per second
 of each way to the data; the share of a real training that waits for data; sliding-window inference of a whole volume.
 Everything is measured in a fresh process of its own, whose peak memory is its own, and in rounds, A B C A B C, so that
-what else happens on the machine meets all alike. Ratios are of medians, to the first row; seconds of one run can be
-compared with each other, not with those of another machine.
-Written to OUT: speed.json, speed.md.
+what else happens on the machine meets all alike. CPU seconds are those of the process's threads, and say more where the
+machine is not idle. Ratios are of medians, to the first row; seconds of one run can be compared with each other, not
+with those of another machine. Written to OUT: speed.json, speed.md.
 """
 
 from __future__ import annotations
@@ -73,13 +73,18 @@ def peak_mb() -> float:
     return int(line.split()[1]) / 2**10
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Return how long some work takes, on a GPU until it is done there."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any]) -> dict[str, float]:
+    """Return how long some work takes, on a GPU until it is done there, and how long processors were at it."""
+    start, cpu = time.perf_counter(), time.process_time()
     work()
     if device().type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+
+
+def medians(results: list[dict[str, float]]) -> dict[str, float]:
+    """Return the median of each figure."""
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
 def make_network(parts: frozenset[str], settings: dict[str, Any]) -> SwinUNETR:
@@ -116,7 +121,7 @@ def step(name: str, settings: dict[str, Any]) -> dict[str, float]:
         optimizer.step()
 
     work()
-    return {"seconds": seconds(work), "peak_mb": peak_mb()}
+    return seconds(work) | {"peak_mb": peak_mb()}
 
 
 def inference(name: str, settings: dict[str, Any]) -> dict[str, float]:
@@ -127,7 +132,7 @@ def inference(name: str, settings: dict[str, Any]) -> dict[str, float]:
     with torch.inference_mode():
         network(volume[..., : patch[0], : patch[1], : patch[2]])
         taken = seconds(lambda: sliding_window_inference(volume, patch, 1, network, overlap=0.5, mode="gaussian"))
-    return {"seconds": taken, "peak_mb": peak_mb()}
+    return taken | {"peak_mb": peak_mb()}
 
 
 def training(settings: dict[str, Any], folder: Path, **overrides) -> ConfigWorkflow:
@@ -159,7 +164,7 @@ def data(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
     for key in keys:
         dataset[key]
     taken = [seconds(lambda key=key: dataset[key]) for key in keys for _ in range(settings["crops"])]
-    return {"seconds": statistics.median(taken), "peak_mb": peak_mb()}
+    return medians(taken) | {"peak_mb": peak_mb()}
 
 
 def waiting(settings: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -179,7 +184,7 @@ def waiting(settings: dict[str, Any], folder: Path) -> dict[str, float]:
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: lap("step"))
     workflow.run()
     loader = workflow.parser.get_parsed_content("train#dataloader")
-    loading = seconds(lambda: [None for _ in loader])
+    loading = seconds(lambda: [None for _ in loader])["seconds"]
     # The first batch waits for the workers to start, once in a training.
     wait, work = sum(spent["batch"][1:]), sum(spent["step"][1:])
     crops = settings["batch_size"] * len(loader)
@@ -204,20 +209,19 @@ def rounds(function: Callable, names: list[str], repeats: int, *args) -> list[di
     """Measure all names, one after the other, as often as asked, and return a row for each.
 
     Returns:
-        rows of name, seconds (of each round), median, ratio (of the first row's median to this one) and peak_mb.
+        rows of name, the rounds' figures, their medians under the same names, and ratios (of the first row's median to
+        this one).
     """
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(repeats):
         for name in names:
             found[name].append(apart(function, name, *args))
             print(f"{function.__name__} {number + 1}/{repeats}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    rows = []
-    for name, results in found.items():
-        taken = [result["seconds"] for result in results]
-        row = {"name": name, "seconds": taken, "median": statistics.median(taken)}
-        row["peak_mb"] = statistics.median(result["peak_mb"] for result in results)
-        rows.append(row)
-    return [row | {"ratio": rows[0]["median"] / row["median"]} for row in rows]
+    rows = [{"name": name, "rounds": results, **medians(results)} for name, results in found.items()]
+    for row in rows:
+        row["ratio"] = rows[0]["seconds"] / row["seconds"]
+        row["cpu_ratio"] = rows[0]["cpu_seconds"] / row["cpu_seconds"]
+    return rows
 
 
 def machine() -> dict[str, Any]:
@@ -235,10 +239,16 @@ def tables(result: dict[str, Any]) -> str:
     titles = {"step": "Training step", "data": "A random crop", "inference": "Sliding window over a volume"}
     for key, title in titles.items():
         if key in result:
-            lines += ["", f"| {title} | seconds | per second | times as fast | peak MB |", "|---|---|---|---|---|"]
+            lines += [
+                "",
+                f"| {title} | seconds | times as fast | CPU seconds | times fewer | peak MB |",
+                "|---" * 6 + "|",
+            ]
             for row in result[key]:
-                figures = f"{row['median']:.3g} | {1 / row['median']:.3g} | {row['ratio']:.2f} | {row['peak_mb']:.0f}"
-                lines.append(f"| {row['name']} | {figures} |")
+                lines.append(
+                    f"| {row['name']} | {row['seconds']:.3g} | {row['ratio']:.2f} | {row['cpu_seconds']:.3g} | "
+                    f"{row['cpu_ratio']:.2f} | {row['peak_mb']:.0f} |"
+                )
     if "waiting" in result:
         found = result["waiting"]
         lines += ["", "| Training, 2 workers, nothing cached | |", "|---|---|"]
