@@ -75,7 +75,8 @@ class RunState:
 
     Everything random in an iteration depends on the seed and the iteration's number alone, so that no random state has
     to be saved. The last two checkpoints are kept, and a damaged one is noticed. SIGTERM and Ctrl-C save after the
-    current iteration and end the process; a second Ctrl-C ends it at once.
+    current iteration, or the last one whose gradients it accumulates, and end the process; a second Ctrl-C ends it at
+    once.
 
     Attach it after all handlers whose work should be in the state, such as validation.
 
@@ -190,8 +191,9 @@ class RunState:
     def stop_if_told(self, engine: Engine) -> None:
         if idist.get_world_size() > 1:  # all ranks stop after the same iteration
             self.told_to_stop = idist.all_reduce(int(self.told_to_stop), "MAX") > 0
-        # After the last iteration of an epoch its validation is due first.
-        if self.told_to_stop and engine.state.iteration % engine.state.epoch_length:
+        # After the last iteration of an epoch its validation is due first, and gradients that accumulate are not saved.
+        done = engine.state.iteration % engine.state.epoch_length
+        if self.told_to_stop and done and done % getattr(engine, "accumulation_steps", 1) == 0:
             self.save(engine)
 
     def save(self, engine: Engine) -> None:

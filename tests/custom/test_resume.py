@@ -9,6 +9,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
+from monai.engines import SupervisedTrainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -213,3 +214,28 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"The folder .+/file/run can't be made \(Not a directory\)"):
         Saver(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(("told_at", "saved_at"), [(1, 2), (2, 2), (3, 4), (5, 5)])
+def test_gradients_that_accumulate_are_not_lost(tmp_path, told_at, saved_at):
+    """Epochs of five iterations, a step of the optimizer after the second, the fourth and the fifth."""
+
+    def trainer(folder, stop_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+        data = [{"image": torch.full((1, 1), float(n)), "label": torch.ones(1, 1)} for n in range(5)]
+        loss = torch.nn.L1Loss()
+        run = SupervisedTrainer(torch.device("cpu"), 2, data, model, optimizer, loss, accumulation_steps=2)
+        RunState(folder, {"model": model, "optimizer": optimizer}).attach(run)
+        if stop_at:
+            run.add_event_handler(Events.ITERATION_STARTED(once=stop_at), lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return run, model
+
+    run, whole = trainer(tmp_path / "whole")
+    run.run()
+    with pytest.raises(SystemExit, match=f"iteration={saved_at}.pt"):
+        trainer(tmp_path / "told", told_at)[0].run()
+    run, model = trainer(tmp_path / "told")
+    run.run()
+    assert all(torch.equal(p, expected) for p, expected in zip(model.parameters(), whole.parameters(), strict=True))
