@@ -117,6 +117,13 @@ class Stored(MapTransform):
         return f"{data['case']} is not in the store {self.store}; {mend}"
 
 
+class Crop(MetaTensor):
+    """What a slice of a `StoredVolume` gives: MONAI's crop would copy the volume's meta data to it, which has none."""
+
+    def copy_meta_from(self, *args, **kwargs) -> MetaTensor:
+        return MetaTensor(self.as_tensor(), affine=self.affine)
+
+
 class StoredVolume:
     """A volume in a file, of which slicing reads what it needs: MONAI's crops take it for a tensor.
 
@@ -149,7 +156,7 @@ class StoredVolume:
         values = self._meta(array, "values", lambda content: np.frombuffer(content, self.about["dtype"]))
         affine = np.array(self.about["affine"])
         affine[:3, 3] += affine[:3, :3] @ [start for start, _ in bounds[1:]]
-        return MetaTensor(torch.from_numpy(values.take(codes)), affine=torch.from_numpy(affine))
+        return Crop(torch.from_numpy(values.take(codes)), affine=torch.from_numpy(affine))
 
     def _open(self):
         try:
