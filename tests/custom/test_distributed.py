@@ -22,14 +22,15 @@ def gradients(network, images, targets, contrastive_weight: float) -> dict[str, 
 
 def batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 1, 64, 32, 32, generator=generator)
+    images = torch.rand(2, 1, 64, 32, 32, generator=generator, dtype=torch.float64)
     return images + 0.1, {"image": images, "modality": torch.tensor([4, 9])}
 
 
 def network() -> DisruptiveAutoencoder:
+    """In float64, because two voxels at the bottleneck amplify rounding; the contrastive loss itself is in float32."""
     torch.manual_seed(0)
     # No local masking: two processes would draw other masks than one.
-    return DisruptiveAutoencoder(feature_size=12, local_mask_ratio=0)
+    return DisruptiveAutoencoder(feature_size=12, local_mask_ratio=0).double()
 
 
 def process(rank: int, folder: str) -> None:
@@ -56,7 +57,7 @@ def test_two_processes_with_one_sample_give_the_gradients_of_one_with_two(tmp_pa
         single = gradients(network(), images, targets, weight)
         largest = max(gradient.abs().max() for gradient in single.values())
         for name, gradient in single.items():
-            assert torch.allclose(parallel[part][name], gradient, rtol=1e-3, atol=1e-5 * largest), (part, name)
+            assert torch.allclose(parallel[part][name], gradient, rtol=1e-4, atol=1e-7 * largest), (part, name)
     # The test would not notice a contrastive term that is never there.
     embedding_layer = "swinViT.layers4.0.blocks.0.mlp.linear2.weight"
     first, second = (parallel[part][embedding_layer] for part in PARTS)
