@@ -223,7 +223,13 @@ def main(argv: list[str] | None = None) -> int:
         metavar="N",
         help="kills of a pre-training (%(default)s); 0 leaves it out",
     )
-    add("--finetuning", type=int, default=5, metavar="N", help="kills of a fine-tuning from it (%(default)s)")
+    add(
+        "--finetuning",
+        type=int,
+        default=5,
+        metavar="N",
+        help="kills of a fine-tuning, from it if there is one (%(default)s)",
+    )
     add("--torchrun", type=int, default=5, metavar="N", help="kills of a run of two processes (%(default)s)")
     add("--seed", type=int, default=0, help="of the moments (%(default)s)")
     options = parser.parse_args(argv)
@@ -233,10 +239,11 @@ def main(argv: list[str] | None = None) -> int:
     source = [f"t2={out / 'phantoms/fetal/images'}", "--labels", "images=labels", "--validation", "0.25"]
     if datalist.main([str(scans), *source]):
         raise RuntimeError("The data list of the phantoms could not be made.")
-    pretrained = out / "pretraining" / "whole" / "models" / "model.pt"
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     pretraining = {"datalist": scans, "val_interval": 2, "warmup_iterations": 3, "num_workers": 0}
-    finetuning = {"datalist": scans, "val_interval": 2, "num_workers": 1, "pretrained": pretrained}
+    finetuning = {"datalist": scans, "val_interval": 2, "num_workers": 1}
+    if options.pretraining:
+        finetuning["pretrained"] = out / "pretraining" / "whole" / "models" / "model.pt"
     runs = {
         "pretraining": Run("dae_pretraining", {**pretraining, "num_workers": 1}),
         "finetuning": Run("feta_mri_segmentation", finetuning),
