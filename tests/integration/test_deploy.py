@@ -1,5 +1,6 @@
 """The example application, run by MONAI Deploy's App SDK, gives what `monai.bundle run` gives."""
 
+import json
 import shutil
 import subprocess
 
@@ -139,6 +140,29 @@ def damaged(folder, series, bundle):
     return folder / "a.nii.gz", bundle
 
 
+def several(folder, series, bundle):
+    """Two NIfTI files."""
+    for name in "ab":
+        (folder / f"{name}.nii.gz").write_text("nothing")
+    return folder, bundle
+
+
+def flat(folder, series, bundle):
+    """An image of two dimensions."""
+    nibabel.Nifti1Image(np.zeros((8, 8), np.float32), np.eye(4)).to_filename(folder / "a.nii.gz")
+    return folder / "a.nii.gz", bundle
+
+
+def channels(folder, series, bundle):
+    """A bundle that takes four contrasts at once."""
+    shutil.copytree(bundle, folder / bundle.name)
+    file = folder / bundle.name / "configs/metadata.json"
+    about = package.read(file)
+    about["network_data_format"]["inputs"]["image"]["num_channels"] = 4
+    file.write_text(json.dumps(about))
+    return series / "CT", folder / bundle.name
+
+
 @pytest.mark.parametrize(
     "make, expected",
     [
@@ -149,6 +173,9 @@ def damaged(folder, series, bundle):
         (no_weights, "has no models/model.ts or models/model.pt; download one with weights."),
         (no_bundle, "is no bundle, it has no configs/metadata.json; name another with --model."),
         (damaged, "can't be read; is it a whole NIfTI file?"),
+        (several, "has 2 NIfTI files; name one with --input."),
+        (flat, "is no 3D volume, its shape is (8, 8); name one with --input."),
+        (channels, "takes scans of 4 channels, this application has one."),
     ],
 )
 def test_bad_input(make, expected, bundles, series, tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.integration.conftest import BTCV, FETA, python_of
+from tools import package
 
 # Real volumes, or phantoms where there are none: folder, name of the scan and of its label map.
 REAL = {BTCV.name: ("ct", "abdomen_slab_3mm"), FETA.name: ("fetal_mri", "fetal_SB_atlas_GA21_notoperated")}
@@ -45,8 +46,8 @@ class Server:
         self.app, self.studies = folder / "apps" / "monaibundle", folder / "studies"
         command = [python, "-m", "monailabel.main", "apps", "--download", "--name", "monaibundle"]
         subprocess.run([*command, "--output", self.app.parent], check=True, cwd=folder, capture_output=True)
-        for package in packages.values():
-            zipfile.ZipFile(package).extractall(self.app / "model")
+        for zipped in packages.values():
+            zipfile.ZipFile(zipped).extractall(self.app / "model")
         self.studies.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -158,5 +159,42 @@ def test_a_label_is_taken_trained_on_and_its_weights_are_served(model, server, p
         lines = [json.loads(line) for line in (folder / "eval/metrics.jsonl").read_text().splitlines()]
         assert [line["epoch"] for line in lines] == [1, 2]
         assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.ts"}
+        assert server.train(model, pretrained=False)["status"] == "ERROR"  # MONAI Label's own fault, see the docs
     finally:
         server.ask(f"/datastore/label?id={image}&tag=final", "--request", "DELETE")
+
+
+@pytest.mark.parametrize(
+    "model, image, said",
+    [
+        (BTCV.name, "no_such_image", "FileNotFoundError: no DICOMs in: ."),
+        ("no_such_model", "ct_000", "There is no model 'no_such_model' available"),
+    ],
+)
+def test_what_is_not_there(model, image, said, server):
+    """MONAI Label's own answers."""
+    assert server.ask(f"/infer/{model}?image={image}&output=image", "--request", "POST", check=False)[0] == 500
+    assert said in server.log.read_text()
+
+
+def test_a_misspelt_bundle(python, packages, tmp_path):
+    """The server ends before it listens."""
+    server = Server(python, tmp_path, packages, "btcv_segmentation")
+    try:
+        server.wait()
+        assert server.process.poll()
+        assert "To get the latest bundle version, source should be 'github'" in server.log.read_text()
+    finally:
+        server.stop()
+
+
+def test_a_package_without_weights(python, tmp_path):
+    """It can be trained, from scratch, but segments nothing before."""
+    server = Server(python, tmp_path, {FETA.name: package.build(FETA, tmp_path / "dist")}, FETA.name)
+    try:
+        server.wait()
+        info = server.ask("/info/")[1]
+        assert list(info["trainers"]) == [FETA.name] and not info["models"]
+        assert "neither model.pt nor model.ts exists" in server.log.read_text()
+    finally:
+        server.stop()
