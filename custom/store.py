@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.data.meta_obj import MetaObj
 from monai.transforms import Compose, MapTransform, Transform
-from monai.utils import optional_import
+from monai.utils import ensure_tuple, optional_import
 
 from custom.data import name_of
 from custom.errors import BadInput
@@ -52,12 +53,12 @@ class Stored(MapTransform):
         keys: KeysCollection,
         transforms: Sequence[Transform],
         store: str | None = None,
-        whole: Sequence[Hashable] = (),
+        whole: KeysCollection = (),
     ) -> None:
         super().__init__(keys)
         self.transforms = Compose(transforms)
         self.store = store and Path(store)
-        self.whole = whole
+        self.whole = ensure_tuple(whole)
         self.description = describe(self.transforms.transforms)
         if store and not has_blosc2:
             raise BadInput('A --store needs the package blosc2: `pip install "blosc2>=3.0"`.')
@@ -72,7 +73,7 @@ class Stored(MapTransform):
             if not file.is_file():
                 raise BadInput(self.complaint(data, file))
             volume = StoredVolume(file)
-            output[key] = volume[(slice(None),) * 4] if key in self.whole else volume
+            output[key] = volume.read((slice(None),) * 4) if key in self.whole else volume
         return output
 
     def files(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Path]:
@@ -120,10 +121,10 @@ class Stored(MapTransform):
 
 
 class Crop(MetaTensor):
-    """What a slice of a `StoredVolume` gives: MONAI's crop would copy the volume's meta data to it, which has none."""
+    """What a slice of a `StoredVolume` gives: MONAI's crop adds itself to the meta data of a volume that has none."""
 
-    def copy_meta_from(self, *args, **kwargs) -> MetaTensor:
-        return MetaTensor(self.as_tensor(), affine=self.affine)
+    def copy_meta_from(self, other: MetaObj, *args, **kwargs) -> MetaTensor:
+        return MetaTensor(self.as_tensor(), affine=self.affine, applied_operations=other.applied_operations)
 
 
 class StoredVolume:
@@ -149,7 +150,11 @@ class StoredVolume:
         if [getattr(array, name, None) for name in ("shape", "chunks")] != [self.shape, tuple(self.about["chunks"])]:
             raise self._damaged("its header is another")
 
-    def __getitem__(self, index: tuple[slice, ...]) -> MetaTensor:
+    def __getitem__(self, index: tuple[slice, ...]) -> Crop:
+        return Crop(self.read(index))
+
+    def read(self, index: tuple[slice, ...]) -> MetaTensor:
+        """Return what slices contain."""
         array = self._open()
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
         self._check(array, bounds)
@@ -160,7 +165,7 @@ class StoredVolume:
         values = self._meta(array, "values", lambda content: np.frombuffer(content, self.about["dtype"]))
         affine = np.array(self.about["affine"])
         affine[:3, 3] += affine[:3, :3] @ [start for start, _ in bounds[1:]]
-        return Crop(torch.from_numpy(values.take(codes, mode="clip")), affine=torch.from_numpy(affine))
+        return MetaTensor(torch.from_numpy(values.take(codes, mode="clip")), affine=torch.from_numpy(affine))
 
     def _open(self):
         try:
