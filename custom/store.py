@@ -169,7 +169,7 @@ class StoredVolume:
 
     def _open(self):
         try:
-            return blosc2.open(str(self.file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+            return blosc2.open(str(self.file), mode="r", dparams={"nthreads": 1})
         except Exception as error:
             raise self._damaged("its header can't be read") from error
 
@@ -193,7 +193,7 @@ class StoredVolume:
         for place in product(*ranges):
             number = np.ravel_multi_index(place, grid)
             try:
-                whole = zlib.crc32(array.schunk.get_chunk(number)) == checksums[number]
+                whole = checksum(array.schunk.get_chunk(number)) == checksums[number]
             except Exception:
                 whole = False
             if not whole:
@@ -231,7 +231,7 @@ def write(file: Path, volume: torch.Tensor, about: Mapping[str, Any]) -> None:
     try:
         stored = blosc2.asarray(codes, urlpath=str(part), mode="w", contiguous=True, cparams=settings, **sides)
         chunks = stored.schunk
-        checksums = np.array([zlib.crc32(chunks.get_chunk(number)) for number in range(chunks.nchunks)], np.uint32)
+        checksums = np.array([checksum(chunks.get_chunk(number)) for number in range(chunks.nchunks)], np.uint32)
         for name, content in {"values": values, "checksums": checksums, "about": json.dumps(about).encode()}.items():
             content = bytes(content)
             chunks.vlmeta[name] = zlib.crc32(content).to_bytes(4, "little") + content
@@ -240,6 +240,13 @@ def write(file: Path, volume: torch.Tensor, about: Mapping[str, Any]) -> None:
     except RuntimeError as error:  # what blosc2 says of a disk
         part.unlink(missing_ok=True)
         raise OSError(f"{error}; is the disk full?") from error
+
+
+def checksum(content: bytes) -> int:
+    """Return the CRC-32 of the sums of 512 bytes each, which costs a quarter of that of all bytes."""
+    whole = len(content) // 512 * 512
+    sums = np.frombuffer(content, np.uint64, whole // 8).reshape(-1, 64).sum(1)
+    return zlib.crc32(content[whole:], zlib.crc32(sums))
 
 
 def encode(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
