@@ -151,10 +151,10 @@ class StoredVolume:
             raise self._damaged("its header is another")
 
     def __getitem__(self, index: tuple[slice, ...]) -> Crop:
-        return Crop(self.read(index))
+        return self.read(index, Crop)
 
-    def read(self, index: tuple[slice, ...]) -> MetaTensor:
-        """Return what slices contain."""
+    def read(self, index: tuple[slice, ...], kind: type[MetaTensor] = MetaTensor) -> MetaTensor:
+        """Return what slices contain, as a kind of tensor."""
         array = self._open()
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
         self._check(array, bounds)
@@ -165,7 +165,7 @@ class StoredVolume:
         values = self._meta(array, "values", lambda content: np.frombuffer(content, self.about["dtype"]))
         affine = np.array(self.about["affine"])
         affine[:3, 3] += affine[:3, :3] @ [start for start, _ in bounds[1:]]
-        return MetaTensor(torch.from_numpy(values.take(codes, mode="clip")), affine=torch.from_numpy(affine))
+        return kind(torch.from_numpy(values.take(codes, mode="clip")), affine=torch.from_numpy(affine))
 
     def _open(self):
         try:
