@@ -32,8 +32,8 @@ class Stored(MapTransform):
     """Deterministic transforms, the first of a pipeline, whose results may be read from a folder made beforehand.
 
     Without a store they are run. With one, each volume is a `StoredVolume`: the crop that follows reads nothing but
-    the chunks that it needs. `tools.prepare` fills a store by `prepare`. The name of a file in it tells the case, the
-    size and time of its source and these transforms, so that nothing stale is read.
+    the chunks that it needs. `tools.prepare` fills a store by `prepare`. The name of a file in it tells the case and
+    its modality, the size and time of its source and these transforms, so that nothing stale is read.
 
     Args:
         keys: the volumes; those of a data list are paths.
@@ -80,8 +80,13 @@ class Stored(MapTransform):
         """Return the file in the store of each volume of a case, whether it is there or not."""
         case = name_of(data)
         name = Path(case).name.removesuffix(".gz").removesuffix(".nii")[:80]
-        version = digest([case, sources(data, self.keys), self.description])
+        version = digest([case, self.origin(data), self.description])
         return {key: self.store / f"{name}-{digest(case)[:8]}-{version[:16]}-{key}.b2nd" for key in self.keys}
+
+    def origin(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
+        """Return what the data list says of a case, such as its modality, and what its files tell: for `json`."""
+        said = {name: value for name, value in data.items() if name not in self.keys}
+        return {**said, "sources": sources(data, self.keys)}
 
     def prepare(self, data: Mapping[Hashable, Any]) -> bool:
         """Run the transforms of a case and write the results, each beside and then moved into place.
@@ -92,7 +97,7 @@ class Stored(MapTransform):
         files = self.files(data)
         if all(file.is_file() for file in files.values()):
             return False
-        about = {"case": name_of(data), "sources": sources(data, self.keys), "transforms": self.description}
+        about = {"origin": self.origin(data), "transforms": self.description}
         volumes = self.transforms(data)
         for key, file in files.items():
             write(file, volumes[key], about)
@@ -109,7 +114,7 @@ class Stored(MapTransform):
         mend = "run `python -m tools.prepare` as for this store, with this run's settings; it does what is missing."
         for other in self.others(file):
             about = StoredVolume(other).about
-            if about["sources"] != sources(data, self.keys):
+            if about["origin"] != self.origin(data):
                 return f"{name_of(data)} has changed since it was put into the store {self.store}; {mend}"
             then, now = (dict(flatten(what)) for what in (about["transforms"], self.description))
             name = next(name for name in [*then, *now] if then.get(name) != now.get(name))

@@ -89,6 +89,8 @@ def test_nothing_stale_is_read(item, folder):
         stored(folder, (1, 1, 1))(item)
     with pytest.raises(BadInput, match=r"other\.nii is not in the store .*; run `python -m tools\.prepare`"):
         stored(folder)({**item, "case": "other.nii"})
+    with pytest.raises(BadInput, match=r"scan\.nii\.gz has changed since it was put into the store"):
+        stored(folder)({**item, "modality": "ct"})
     os.utime(item["image"], (0, 0))
     with pytest.raises(BadInput, match=r"scan\.nii\.gz has changed since it was put into the store"):
         stored(folder)(item)
