@@ -182,7 +182,7 @@ class LoadScand(LoadImaged):
     def __init__(self, keys: KeysCollection, channels: int = 1, patch_size: Sequence[int] | None = None) -> None:
         super().__init__(keys, ensure_channel_first=True, image_only=True, allow_missing_keys=True)
         self.channels = channels
-        self.patch_size = patch_size
+        self._patch_size = patch_size  # private, because the volume does not depend on it: see `custom.store`
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
         output = {"case": name_of(data), **data}
@@ -200,9 +200,9 @@ class LoadScand(LoadImaged):
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
             if image.min() == image.max():
                 raise BadInput(f"{path} has the same value {image.min().item():g} everywhere; take it out of the list.")
-            if self.patch_size is not None and (torch.tensor(image.shape[1:]) < torch.tensor(self.patch_size)).any():
+            if self._patch_size is not None and (torch.tensor(image.shape[1:]) < torch.tensor(self._patch_size)).any():
                 logger.warning(
-                    f"{path} is {shape} voxels, smaller than the patch {'x'.join(map(str, self.patch_size))}, and is "
+                    f"{path} is {shape} voxels, smaller than the patch {'x'.join(map(str, self._patch_size))}, and is "
                     f"padded; a smaller --patch_size or --pixdim_mm avoids it."
                 )
         return output

@@ -1,0 +1,311 @@
+"""A store of scans that went through their deterministic transforms once, from which crops are read in milliseconds."""
+
+import glob
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.data.meta_obj import MetaObj
+from monai.transforms import Compose, MapTransform, Transform
+from monai.utils import ensure_tuple, optional_import
+
+from custom.data import name_of
+from custom.errors import BadInput
+
+blosc2, has_blosc2 = optional_import("blosc2")
+
+# Sides in voxels: of what has a checksum, and of what is decompressed by itself.
+SIDES = {"chunks": 64, "blocks": 16}
+MOST_VALUES = 2**16
+
+
+class Stored(MapTransform):
+    """Deterministic transforms, the first of a pipeline, whose results may be read from a folder made beforehand.
+
+    Without a store they are run. With one, each volume is a `StoredVolume`: the crop that follows reads nothing but
+    the chunks that it needs. `tools.prepare` fills a store by `prepare`. The name of a file in it tells the case and
+    its modality, the size and time of its source and these transforms, so that nothing stale is read.
+
+    Args:
+        keys: the volumes; those of a data list are paths.
+        transforms: the transforms, all deterministic.
+        store: folder, None to run the transforms.
+        whole: keys whose volumes are read as a whole, such as a label map that a crop looks for its classes.
+
+    Shapes:
+        a path becomes a (C, D, H, W) `MetaTensor` or `StoredVolume`.
+
+    Raises:
+        BadInput: for a case that the store lacks or holds in another version; for what the transforms raise.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        transforms: Sequence[Transform],
+        store: str | None = None,
+        whole: KeysCollection = (),
+    ) -> None:
+        super().__init__(keys)
+        self.transforms = Compose(transforms)
+        self.store = store and Path(store)
+        self.whole = ensure_tuple(whole)
+        self.description = describe(self.transforms.transforms)
+        if store and not has_blosc2:
+            raise BadInput('A --store needs the package blosc2: `pip install "blosc2>=3.0"`.')
+        if store and not self.store.is_dir():
+            raise BadInput(f"There is no folder {store}, which --store names; `python -m tools.prepare` makes it.")
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        if self.store is None:
+            return self.transforms(data, threading=True)  # `CacheDataset` may do so in several threads
+        output = dict(data)
+        for key, file in self.files(data).items():
+            if not file.is_file():
+                raise BadInput(self.complaint(data, file))
+            volume = StoredVolume(file)
+            output[key] = volume.read((slice(None),) * 4) if key in self.whole else volume
+        return output
+
+    def files(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Path]:
+        """Return the file in the store of each volume of a case, whether it is there or not."""
+        case = name_of(data)
+        name = Path(case).name.removesuffix(".gz").removesuffix(".nii")[:80]
+        version = digest([case, self.origin(data), self.description])
+        return {key: self.store / f"{name}-{digest(case)[:8]}-{version[:16]}-{key}.b2nd" for key in self.keys}
+
+    def origin(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
+        """Return what the data list says of a case, such as its modality, and what its files tell: for `json`."""
+        said = {name: value for name, value in data.items() if name not in self.keys}
+        return {**said, "sources": sources(data, self.keys)}
+
+    def prepare(self, data: Mapping[Hashable, Any]) -> bool:
+        """Run the transforms of a case and write the results, each beside and then moved into place.
+
+        Returns:
+            whether there was anything to do.
+        """
+        files = self.files(data)
+        if all(file.is_file() for file in files.values()):
+            return False
+        about = {"origin": self.origin(data), "transforms": self.description}
+        volumes = self.transforms(data)
+        for key, file in files.items():
+            write(file, volumes[key], about)
+            for old in self.others(file):
+                old.unlink()
+        return True
+
+    def others(self, file: Path) -> list[Path]:
+        """Return the files of the same volume in another version."""
+        name, case, _, key = file.name.rsplit("-", 3)
+        return [other for other in self.store.glob(f"{glob.escape(name)}-{case}-*-{key}") if other != file]
+
+    def complaint(self, data: Mapping[Hashable, Any], file: Path) -> str:
+        mend = "run `python -m tools.prepare` as for this store, with this run's settings; it does what is missing."
+        for other in self.others(file):
+            about = StoredVolume(other).about
+            if about["origin"] != self.origin(data):
+                return f"{name_of(data)} has changed since it was put into the store {self.store}; {mend}"
+            then, now = (dict(flatten(what)) for what in (about["transforms"], self.description))
+            name = next(name for name in [*then, *now] if then.get(name) != now.get(name))
+            return (
+                f"{name_of(data)} was put into the store {self.store} by other transforms, where {name} was "
+                f"{then.get(name)} and is {now.get(name)} now; {mend}"
+            )
+        return f"{name_of(data)} is not in the store {self.store}; {mend}"
+
+
+class Crop(MetaTensor):
+    """What a slice of a `StoredVolume` gives: MONAI's crop adds itself to the meta data of a volume that has none."""
+
+    def copy_meta_from(self, other: MetaObj, *args, **kwargs) -> MetaTensor:
+        return MetaTensor(self.as_tensor(), affine=self.affine, applied_operations=other.applied_operations)
+
+
+class StoredVolume:
+    """A volume in a file, of which slicing reads what it needs: MONAI's crops take it for a tensor.
+
+    Nothing is kept open, so that memory does not grow with their number.
+
+    Args:
+        file: written by `write`.
+
+    Shapes:
+        shape: (C, D, H, W); a slice is a `MetaTensor` with the affine of its corner.
+
+    Raises:
+        BadInput: for a damaged file, when it is opened, or a damaged chunk, when it is read.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        array = self._open()
+        self.about = self._meta(array, "about", json.loads)
+        self.shape = tuple(self.about["shape"])
+        if [getattr(array, name, None) for name in ("shape", "chunks")] != [self.shape, tuple(self.about["chunks"])]:
+            raise self._damaged("its header is another")
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Crop:
+        return self.read(index, Crop)
+
+    def read(self, index: tuple[slice, ...], kind: type[MetaTensor] = MetaTensor) -> MetaTensor:
+        """Return what slices contain, as a kind of tensor."""
+        array = self._open()
+        bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        self._check(array, bounds)
+        try:
+            codes = array[tuple(slice(*bound) for bound in bounds)]
+        except Exception as error:  # blosc2 raises whatever the damage leads to
+            raise self._damaged(f"at {bounds}") from error
+        values = self._meta(array, "values", lambda content: np.frombuffer(content, self.about["dtype"]))
+        affine = np.array(self.about["affine"])
+        affine[:3, 3] += affine[:3, :3] @ [start for start, _ in bounds[1:]]
+        return kind(torch.from_numpy(values.take(codes, mode="clip")), affine=torch.from_numpy(affine))
+
+    def _open(self):
+        try:
+            return blosc2.open(str(self.file), mode="r", dparams={"nthreads": 1})
+        except Exception as error:
+            raise self._damaged("its header can't be read") from error
+
+    def _meta(self, array, name: str, decode: Callable[[bytes], Any]) -> Any:
+        """Return what `write` noted under a name."""
+        try:
+            content = array.schunk.vlmeta[name]
+            if zlib.crc32(content[4:]) == int.from_bytes(content[:4], "little"):
+                return decode(content[4:])
+        except Exception as error:
+            raise self._damaged(f"its {name} can't be read") from error
+        raise self._damaged(f"its {name} differ from their checksum")
+
+    def _check(self, array, bounds: Sequence[tuple[int, int]]) -> None:
+        """Compare the chunks that a slice touches with their checksums."""
+        checksums = self._meta(array, "checksums", lambda content: np.frombuffer(content, np.uint32))
+        ranges = [
+            range(start // side, -(-stop // side)) for (start, stop), side in zip(bounds, array.chunks, strict=True)
+        ]
+        grid = [-(-size // side) for size, side in zip(self.shape, array.chunks, strict=True)]
+        for place in product(*ranges):
+            number = np.ravel_multi_index(place, grid)
+            try:
+                whole = checksum(array.schunk.get_chunk(number)) == checksums[number]
+            except Exception:
+                whole = False
+            if not whole:
+                corner = [at * side for at, side in zip(place[1:], array.chunks[1:], strict=True)]
+                raise self._damaged(f"chunk {number}, which starts at voxel {corner}, differs from its checksum")
+
+    def _damaged(self, what: str) -> BadInput:
+        return BadInput(f"{self.file} is damaged: {what}; delete it and run `python -m tools.prepare` again.")
+
+
+def write(file: Path, volume: torch.Tensor, about: Mapping[str, Any]) -> None:
+    """Write a volume beside a file and move it into place, so that a kill leaves no part of one.
+
+    Args:
+        volume: (C, D, H, W); a `MetaTensor`'s affine is kept.
+        about: what to note with it, for `json`.
+
+    Raises:
+        OSError: when the disk is full.
+    """
+    array = np.ascontiguousarray(torch.as_tensor(volume).numpy())
+    codes, values = encode(array)
+    affine = np.asarray(volume.affine if isinstance(volume, MetaTensor) else np.eye(4), float)
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    settings = {
+        "codec": blosc2.Codec.LZ4HC,  # ZSTD makes a file of 96 % of its size, and takes half as long again to read
+        "clevel": 9,
+        "filters": [blosc2.Filter.BITSHUFFLE],
+        "filters_meta": [0],
+        "nthreads": 1,
+    }
+    sides = {name: (1, *(min(side, size) for size in codes.shape[1:])) for name, side in SIDES.items()}
+    about = {**about, "shape": codes.shape, "chunks": sides["chunks"]}
+    about |= {"dtype": values.dtype.str, "affine": affine.tolist()}
+    try:
+        stored = blosc2.asarray(codes, urlpath=str(part), mode="w", contiguous=True, cparams=settings, **sides)
+        chunks = stored.schunk
+        checksums = np.array([checksum(chunks.get_chunk(number)) for number in range(chunks.nchunks)], np.uint32)
+        for name, content in {"values": values, "checksums": checksums, "about": json.dumps(about).encode()}.items():
+            content = bytes(content)
+            chunks.vlmeta[name] = zlib.crc32(content).to_bytes(4, "little") + content
+        del stored, chunks
+        os.replace(part, file)
+    except RuntimeError as error:  # what blosc2 says of a disk
+        part.unlink(missing_ok=True)
+        raise OSError(f"{error}; is the disk full?") from error
+
+
+def checksum(content: bytes) -> int:
+    """Return the CRC-32 of the sums of 512 bytes each, which costs a quarter of that of all bytes."""
+    whole = len(content) // 512 * 512
+    sums = np.frombuffer(content, np.uint64, whole // 8).reshape(-1, 64).sum(1)
+    return zlib.crc32(content[whole:], zlib.crc32(sums))
+
+
+def encode(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a volume into small integers and the values that they stand for.
+
+    A scan of integers keeps few values under any function of a voxel, and comes back to the bit. Of more than 65 536,
+    as resampling makes them, it comes back to half of 1/65535 of its range.
+
+    Returns:
+        codes of the volume's shape, uint8 or uint16, and values, sorted.
+    """
+    values = np.empty(0, volume.dtype)
+    for slab in np.array_split(volume, max(1, volume.shape[1] // 16), axis=1):
+        values = np.union1d(values, slab)
+        if len(values) > MOST_VALUES:
+            low, high = float(volume.min()), float(volume.max())
+            values = np.linspace(low, high, MOST_VALUES).astype(volume.dtype)
+            return np.rint((volume - low) * ((MOST_VALUES - 1) / (high - low))).astype(np.uint16), values
+    return np.searchsorted(values, volume).astype(np.uint8 if len(values) <= 256 else np.uint16), values
+
+
+def sources(data: Mapping[Hashable, Any], keys: Sequence[Hashable]) -> list[list[int]]:
+    """Return size (bytes) and time (whole seconds, as some file systems keep it) of each file of a case."""
+    files = [file for key in keys for file in ([data[key]] if isinstance(data[key], str) else data[key])]
+    return [[os.stat(file).st_size, int(os.stat(file).st_mtime)] for file in files]
+
+
+def describe(value: Any) -> Any:
+    """Return what a transform is and was made with, for `json`; attributes that start with _ do not count.
+
+    Of a function its name is all that is seen.
+    """
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): describe(content) for key, content in value.items()}
+    if isinstance(value, Sequence):
+        return [describe(content) for content in value]
+    if isinstance(value, Transform):
+        public = {name: content for name, content in vars(value).items() if not name.startswith("_")}
+        return {"_target_": type(value).__name__, **describe(public)}
+    return getattr(value, "__qualname__", str(value) if isinstance(value, torch.dtype) else type(value).__qualname__)
+
+
+def flatten(value: Any, name: str = "transforms") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a description with their ids."""
+    if isinstance(value, dict | list):
+        for key, content in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flatten(content, f"{name}#{key}")
+    else:
+        yield name, value
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
