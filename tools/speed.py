@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def draw(settings: dict[str, Any], folder: Path) -> None:
 
 
 def data(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Measure crops, preprocessed and disrupted as in a training, after one of each volume to warm up."""
+    """Measure crops, preprocessed as in a training, after one of each volume to warm up."""
     store = str(folder / "store") if name == "store" else None
     cached = float(name in ("CacheDataset", "store"))
     parser = training(settings, folder, num_workers=0, cache_rate=cached, store=store).parser
@@ -183,7 +183,7 @@ def data(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
 def waiting(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
     """Train for an epoch, and measure how long the loop waits for batches, and what the 2 workers alone give."""
     store = str(folder / "store") if name == "store" else None
-    overrides = {"num_workers": 2, "crops_per_volume": settings["crops"], "max_epochs": 1, "warmup_iterations": 1}
+    overrides = {"num_workers": 2, "crops_per_volume": settings["crops"], "max_epochs": 1, "val_interval": 2}
     workflow = training(settings, folder, cache_rate=float(name == "store"), store=store, **overrides)
     trainer, spent = workflow.parser.get_parsed_content("train#trainer"), {"batch": [], "step": []}
     since = [0.0]
@@ -213,7 +213,8 @@ def apart(function: Callable, *args) -> Any:
     """Call a function in a fresh process."""
     context = get_context("forkserver")  # which has imported what takes seconds
     context.set_forkserver_preload(["tools.speed"])
-    with ProcessPoolExecutor(1, context) as pool:
+    # A fork server hands its own way to start processes down to what it starts; a training's workers have the system's.
+    with ProcessPoolExecutor(1, context, set_start_method, (None, True)) as pool:
         return pool.submit(function, *args).result()
 
 
