@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
@@ -16,6 +17,7 @@ from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader
 from torch.nn.utils import get_total_norm
 
+from custom.disruption import Disrupt
 from custom.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,28 @@ def prepare_batch(batch: Mapping[str, Any], device: torch.device, non_blocking: 
     # Any name has a number, the same on every rank and without a list of all names.
     modality = torch.tensor([zlib.crc32(name.encode()) for name in batch["modality"]], device=device)
     return image, {"image": original, "modality": modality}, (), {"return_embedding": True}
+
+
+class DisruptBatch:
+    """Disrupt the images of a batch where they are trained on, and prepare it as `prepare_batch` does.
+
+    The batch is given both: "label", its images as they were, and "image", disrupted.
+
+    Args:
+        kwargs: see `Disrupt`.
+
+    Randomness:
+        NumPy's global state, which `custom.resume.RunState` sets before every iteration.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        self.disrupt = Disrupt(**kwargs)
+
+    def __call__(self, batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **kwargs) -> tuple:
+        batch["label"] = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
+        self.disrupt.set_random_state(seed=np.random.randint(2**31))
+        batch["image"] = torch.stack([self.disrupt(image) for image in batch["label"]])
+        return prepare_batch(batch, device)
 
 
 class On:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -85,6 +86,23 @@ def small_list(tmp_path, phantom_list) -> Path:
     path = tmp_path / "small.json"
     path.write_text(json.dumps({"training": scans[:2], "validation": scans[2:]}))
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk in memory whose size can be set, in bytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def resize(size: int) -> None:
+        options = f"{'remount,' * os.path.ismount(disk)}size={size}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only the superuser can mount a small disk")
+
+    yield disk, resize
+    if os.path.ismount(disk):
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ no more than what is new after the list, a scan or a setting has changed.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,26 @@ def read_config(bundle: Path, settings: dict[str, Any]) -> ConfigParser:
     return parser
 
 
+@contextlib.contextmanager
+def alone(store: Path) -> Iterator[None]:
+    """Make the folder of a store and keep other runs out of it; a lock ends with its process, however that ends.
+
+    Raises:
+        BadInput: when another run is at work there, or the folder can't be written.
+    """
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        (store / ".lock").touch()
+    except OSError as error:
+        raise BadInput(f"The store {store} can't be written ({error.strerror}); name another folder.") from error
+    with open(store / ".lock", "w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"Another run is at work in the store {store}; wait for it, or name another.") from error
+        yield
+
+
 def run(options: argparse.Namespace, others: Sequence[str]) -> None:
     """Prepare what is missing, and print a report and the next command.
 
@@ -86,21 +108,13 @@ def run(options: argparse.Namespace, others: Sequence[str]) -> None:
         raise BadInput(f"Ids come as pairs, such as --pixdim_mm '[2,2,2]', got {shlex.join(others)}.")
     own = {"datalist": os.path.abspath(options.datalist), "store": os.path.abspath(options.store)}
     settings = dict(setting(f"{name[2:]}={value}") for name, value in zip(others[::2], others[1::2], strict=True))
-    os.makedirs(options.store, exist_ok=True)
-    parser = read_config(Path(options.bundle), {**settings, **own})
-    for part in Path(options.store).glob("*.part"):  # of a run that was killed
-        part.unlink()
-    work, done, failed = work_of(parser), 0, []
-    if not work:
-        raise BadInput(f"{options.bundle} reads nothing from a store: its preprocessing has no custom.store.Stored.")
-    torch.set_num_threads(1)
-    processes = min(options.processes, len(work))
-    loader: Iterable = DataLoader(Preparation(work), None, num_workers=processes, in_order=False)
-    for new, why in tqdm(loader, "preparing", len(work), unit="case"):
-        done += new and not why
-        if why and not options.skip:
-            raise BadInput(f"{why} (With --skip such a case is left out; what was done is kept.)")
-        failed += [why] if why else []
+    with alone(Path(options.store)):
+        work = work_of(read_config(Path(options.bundle), {**settings, **own}))
+        if not work:
+            raise BadInput(f"{options.bundle} reads nothing from a store: it has no custom.store.Stored.")
+        for part in Path(options.store).glob("*.part"):  # of a run that was killed
+            part.unlink()
+        done, failed = prepare(work, min(options.processes, len(work)), options.skip)
     size = sum(file.stat().st_size for stored, item in work for file in stored.files(item).values() if file.is_file())
     print(f"{done} prepared, {len(work) - done - len(failed)} were there, {len(failed)} failed; {size / 1e9:.3g} GB.")
     print("".join(f"Left out: {why}\n" for why in failed) + "Next:")
@@ -108,6 +122,23 @@ def run(options: argparse.Namespace, others: Sequence[str]) -> None:
     given = [text for name, value in own.items() for text in (f"--{name}", value)]
     config = ["--config_file", f"{options.bundle}/configs/train.json", "--bundle_root", options.bundle]
     print(shlex.join(["python", "-m", "monai.bundle", "run", *config, *given, *others, *skip]))
+
+
+def prepare(work: Sequence[tuple[Stored, dict]], processes: int, skip: bool) -> tuple[int, list[str]]:
+    """Prepare what is missing; return how many cases were, and why others failed.
+
+    Raises:
+        BadInput: for a case that fails, unless such cases are to be skipped.
+    """
+    torch.set_num_threads(1)
+    loader: Iterable = DataLoader(Preparation(work), None, num_workers=processes, in_order=False)
+    done, failed = 0, []
+    for new, why in tqdm(loader, "preparing", len(work), unit="case"):
+        if why and not skip:
+            raise BadInput(f"{why} (With --skip such a case is left out; what was done is kept.)")
+        done += new and not why
+        failed += [why] if why else []
+    return done, failed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,9 +1,6 @@
 """Bad cases, full disks and seeds, met by the bundles; kills are those of tests/tools/test_kills.py."""
 
 import json
-import os
-import shutil
-import subprocess
 
 import pytest
 import torch
@@ -63,23 +60,6 @@ def test_a_bad_case_is_never_left_out_of_validation_evaluation_or_inference(scan
         monai_bundle("inference", **folder),
     ):
         assert "validation_0.nii.gz holds NaN" in spoken(done)
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk in memory whose size can be set, in bytes."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def resize(size: int) -> None:
-        options = f"{'remount,' * os.path.ismount(disk)}size={size}"
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
-        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("only the superuser can mount a small disk")
-
-    yield disk, resize
-    if os.path.ismount(disk):
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(small_disk, small_list, tmp_path):

@@ -1,12 +1,13 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 
 from custom.errors import BadInput
-from custom.handlers import LoadCheckpoint, MetricsLog, On, StopOnNaN, prepare_batch
+from custom.handlers import DisruptBatch, LoadCheckpoint, MetricsLog, On, StopOnNaN, prepare_batch
 
 
 def engine(seen: list | None = None) -> Engine:
@@ -21,6 +22,21 @@ def test_prepare_batch_numbers_modalities_by_name():
     first, second, third = target["modality"].tolist()
     assert first == third != second
     assert (args, kwargs) == ((), {"return_embedding": True})
+
+
+def test_a_batch_is_disrupted_as_the_global_seed_says_and_keeps_its_originals():
+    prepare, images = DisruptBatch(disruptions=["noise"]), torch.rand(2, 1, 16, 16, 16)
+    results = []
+    for seed in (0, 0, 1):
+        np.random.seed(seed)
+        batch = {"image": images, "modality": ["ct", "t1"]}
+        image, target, *_ = prepare(batch, torch.device("cpu"))
+        assert torch.equal(target["image"], images) and target["modality"].shape == (2,)
+        assert batch["image"] is image and batch["label"] is target["image"]  # what a NaN is looked for in
+        noise = image - images
+        assert noise.std().item() == pytest.approx(0.1**0.5, rel=0.05) and not torch.equal(noise[0], noise[1])
+        results.append(noise)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 def test_on_calls_at_its_event():
