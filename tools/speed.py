@@ -135,7 +135,7 @@ def inference(name: str, settings: dict[str, Any], folder: Path) -> dict[str, fl
     network = make_network(parts, settings).eval()
     volume = torch.rand(1, 1, *[settings["volume"]] * 3, device=device())
     with torch.inference_mode():
-        network(volume[..., : patch[0], : patch[1], : patch[2]])
+        network(torch.rand(1, 1, *patch, device=device()))
         taken = seconds(lambda: sliding_window_inference(volume, patch, 1, network, overlap=0.5, mode="gaussian"))
     return taken | {"peak_mb": peak_mb()}
 
@@ -212,7 +212,7 @@ def waiting(name: str, settings: dict[str, Any], folder: Path) -> dict[str, floa
 def apart(function: Callable, *args) -> Any:
     """Call a function in a fresh process."""
     context = get_context("forkserver")  # which has imported what takes seconds
-    context.set_forkserver_preload(["tools.speed"])
+    context.set_forkserver_preload(["custom.network", "monai.bundle", "monai.engines", "tools.phantom"])
     # A fork server hands its own way to start processes down to what it starts; a training's workers have the system's.
     with ProcessPoolExecutor(1, context, set_start_method, (None, True)) as pool:
         return pool.submit(function, *args).result()
