@@ -2,8 +2,8 @@
 
     python -m tools.kills OUT_DIR
 
-Trains the smallest networks on phantoms for a few minutes: a pre-training, a fine-tuning from it, and a pre-training by
-two processes of torchrun. Needs Linux. A folder that was used before is used anew.
+Trains the smallest networks on phantoms for a few minutes: a pre-training from a store, a fine-tuning from it,
+and a pre-training by two processes of torchrun. Needs Linux. A folder that was used before is used anew.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
-from tools import datalist, phantom
+from tools import datalist, phantom, prepare
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
 SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "batch_size": 1, "crops_per_volume": 1, "val_pictures": 0}
@@ -239,13 +239,15 @@ def main(argv: list[str] | None = None) -> int:
     source = [f"t2={out / 'phantoms/fetal/images'}", "--labels", "images=labels", "--validation", "0.25"]
     if datalist.main([str(scans), *source]):
         raise RuntimeError("The data list of the phantoms could not be made.")
+    if prepare.main([str(scans), str(out / "store"), "--bundle", str(BUNDLES / "dae_pretraining")]):
+        raise RuntimeError("The store of the phantoms could not be made.")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     pretraining = {"datalist": scans, "val_interval": 2, "warmup_iterations": 3, "num_workers": 0}
     finetuning = {"datalist": scans, "val_interval": 2, "num_workers": 1}
     if options.pretraining:
         finetuning["pretrained"] = out / "pretraining" / "whole" / "models" / "model.pt"
     runs = {
-        "pretraining": Run("dae_pretraining", {**pretraining, "num_workers": 1}),
+        "pretraining": Run("dae_pretraining", {**pretraining, "num_workers": 1, "store": out / "store"}),
         "finetuning": Run("feta_mri_segmentation", finetuning),
         "torchrun": Run("dae_pretraining", pretraining, ("train", "multi_gpu_train"), torchrun),
     }

@@ -9,6 +9,7 @@ from custom.network import DisruptiveAutoencoder
 from custom.resume import is_whole
 from tests.bundles.test_bad_input import noise, not_a_number, spoken, write
 from tests.conftest import PRETRAINING, SEGMENTATION, folders, metrics, monai_bundle
+from tools import prepare
 
 
 def weights(run) -> dict[str, torch.Tensor]:
@@ -83,10 +84,12 @@ def test_a_disk_that_is_full_is_told_and_the_run_goes_on_when_there_is_room(smal
 
 
 @pytest.mark.parametrize("bundle", [PRETRAINING, SEGMENTATION[1]], ids=lambda bundle: bundle.name)
-def test_the_seed_decides_and_not_the_number_of_workers(bundle, small_list, labelled_lists, tmp_path):
+def test_the_seed_decides_and_not_the_number_of_workers_or_a_store(bundle, small_list, labelled_lists, tmp_path):
     datalist = small_list if bundle == PRETRAINING else labelled_lists["fetal"]
     arguments = {"datalist": datalist, "max_epochs": 2, "val_interval": 1, "learning_rate": 0.01}
-    for name, more in {"a": {}, "b": {"num_workers": 2}, "c": {"seed": 1}}.items():
+    store = {"num_workers": 2, "store": tmp_path / "store"}
+    assert prepare.main([str(datalist), str(store["store"]), "--bundle", str(bundle)]) == 0
+    for name, more in {"a": {}, "b": store, "c": {"seed": 1}}.items():
         done = monai_bundle("train", bundle=bundle, **arguments, **more, **folders(tmp_path / name))
         assert done.returncode == 0, done.stderr
     a, b, c = (tmp_path / name for name in "abc")

@@ -14,7 +14,7 @@ from monai.transforms import Compose, NormalizeIntensityd, Orientationd, RandSpa
 from custom.data import LoadScand
 from custom.errors import BadInput
 from custom.store import Stored, StoredVolume, encode
-from tests.conftest import PRETRAINING
+from tests.conftest import PRETRAINING, SEGMENTATION
 
 PATCH = (40, 40, 32)
 
@@ -89,6 +89,8 @@ def test_nothing_stale_is_read(item, folder):
         stored(folder, (1, 1, 1))(item)
     with pytest.raises(BadInput, match=r"other\.nii is not in the store .*; run `python -m tools\.prepare`"):
         stored(folder)({**item, "case": "other.nii"})
+    with pytest.raises(BadInput, match=r"scan\.nii\.gz has changed since it was put into the store"):
+        stored(folder)({**item, "modality": "ct"})
     os.utime(item["image"], (0, 0))
     with pytest.raises(BadInput, match=r"scan\.nii\.gz has changed since it was put into the store"):
         stored(folder)(item)
@@ -137,26 +139,39 @@ def test_a_store_that_is_not_there_is_told(tmp_path):
         stored(str(tmp_path / "elsewhere"))
 
 
-def test_the_bundle_s_pipelines_give_the_same_samples_with_a_store(phantom_list, tmp_path):
+def batches(bundle: Path, section: str, store: str | None, **settings) -> list[dict]:
+    """An epoch of a bundle's loader; with a store, that is made first."""
+    parser = ConfigParser()
+    parser.read_config(str(bundle / "configs/train.json"))
+    parser.update({"patch_size": [64, 32, 32], "num_workers": 0, "store": store, **settings})
+    parser[f"{section}#dataset#progress"] = False
+    if store:
+        first = parser.get_parsed_content(f"{section}#preprocessing").transforms[0]
+        for item in parser.get_parsed_content(f"{section}#dataset#data"):
+            first.prepare(item)
+    return list(parser.get_parsed_content(f"{section}#dataloader"))
+
+
+@pytest.mark.parametrize("section", ["train", "validate"])
+def test_the_bundle_s_pipelines_give_the_same_samples_with_a_store(section, phantom_list, folder):
     """All five modalities, validation's disruptions included; the store does not depend on the patch."""
-    settings = {"datalist": str(phantom_list), "patch_size": [64, 32, 32], "num_workers": 0}
-    for section, count in (("train", 6), ("validate", 6)):
-        samples = []
-        for store in (None, str(tmp_path)):
-            parser = ConfigParser()
-            parser.read_config(str(PRETRAINING / "configs/train.json"))
-            parser.update({**settings, "store": store})
-            parser["train#dataset#progress"] = parser["validate#dataset#progress"] = False
-            if store:
-                first = parser.get_parsed_content(f"{section}#preprocessing").transforms[0]
-                for item in parser.get_parsed_content(f"{section}#dataset#data"):
-                    first.prepare(item)
-            loader = parser.get_parsed_content(f"{section}#dataloader")
-            samples.append(list(loader))
-        assert sum(len(batch["case"]) for batch in samples[0]) == count
-        for plain, read in zip(*samples, strict=True):
-            assert plain["case"] == read["case"]
-            for key in {"image", "label"} & plain.keys():
-                assert torch.equal(torch.as_tensor(plain[key]), torch.as_tensor(read[key])), (section, plain["case"])
-    for file in Path(tmp_path).iterdir():
+    pairs = [batches(PRETRAINING, section, store, datalist=str(phantom_list)) for store in (None, folder)]
+    assert sum(len(batch["case"]) for batch in pairs[0]) == 6
+    for plain, read in zip(*pairs, strict=True):
+        assert plain["case"] == read["case"]
+        for key in {"image", "label"} & plain.keys():
+            assert torch.equal(torch.as_tensor(plain[key]), torch.as_tensor(read[key])), plain["case"]
+    for file in Path(folder).iterdir():
         assert "patch_size" not in json.dumps(StoredVolume(file).about)
+
+
+@pytest.mark.parametrize("bundle", SEGMENTATION, ids=lambda bundle: bundle.name)
+@pytest.mark.parametrize("pixdim_mm", [None, [1.5, 2, 2.5]], ids=str)
+def test_labelled_crops_are_those_without_a_store(bundle, pixdim_mm, labelled_lists, folder):
+    """Smaller than the patch in some directions; the label map, resampled to the nearest, to the bit in any case."""
+    settings = {"datalist": str(labelled_lists["ct" if "ct" in bundle.name else "fetal"]), "pixdim_mm": pixdim_mm}
+    (plain,), (read,) = (batches(bundle, "train", store, **settings) for store in (None, folder))
+    assert plain["image"].shape == read["image"].shape == (4, 1, 64, 32, 32)
+    assert len(plain["label"].unique()) > 2 and torch.equal(plain["label"], read["label"])
+    step = 0 if pixdim_mm is None else (plain["image"].max() - plain["image"].min()).item() / 65535
+    assert (plain["image"] - read["image"]).abs().max() <= 2 * step
