@@ -51,6 +51,14 @@ def test_its_gradients_are_those_of_a_stock_swin_unetr(stock):
         assert relative_error(p.grad, expected.grad) < 1e-8, name
 
 
+def test_gradient_checkpointing_changes_no_gradient(stock):
+    networks = [pretraining(stock, local_mask_ratio=0, use_checkpoint=checkpointing) for checkpointing in (False, True)]
+    for network in networks:
+        network.train()(IMAGE).square().mean().backward()
+    for p, other in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.allclose(p.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
 @torch.no_grad()
 def test_in_training_mode_the_embedding_is_masked_as_configured(stock):
     network = pretraining(stock, local_mask_ratio=0.6).train()
