@@ -5,11 +5,13 @@
 It only runs the bundles, each run in a folder of its own in OUT. Interrupted, the same command goes on, and what was
 finished is not run again. Written to OUT: runs.csv (a row a run), table.md (mean, standard deviation, paired tests),
 dice_over_labels.png, learning_curves.png. Choose recipes by the validation cases, which is the default, and use the
-test cases once, with --section testing.
+test cases once, with --section testing. The weights that are evaluated are the last: with few labels there is no case
+to choose a better epoch by.
 
 A task is a JSON file: "datalist" (made by tools.datalist with --labels and --folds), "validation_folds", "test_folds"
 (the other folds are to train on), "pretraining" and "finetuning", each with "bundle", "iterations" and "overrides",
 "counts" (of labelled cases) and "seeds". A "datalist" in "pretraining" names further scans. Paths start at the file.
+Without validation folds the learning curves are those of the training cases.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "all, no full-resolution skip": {"full_resolution_skip": False},
 }
 OURS, RIVALS = "all", ("scratch", "token masking")  # of the paired tests
-VALIDATIONS = 4  # in a fine-tuning: the points of its learning curve
+VALIDATIONS = 4  # in a fine-tuning, at the most: the points of its learning curve
+# Of the checkpoints that are validated the last is kept, so that all methods train equally long and no case chooses.
+LAST = {"best_checkpoint#score_function": "$lambda evaluator: evaluator.state.epoch"}
 RECORD = "benchmark.json"  # in a run's folder: its command, and the seconds that it took once it has finished
 
 
@@ -99,7 +103,7 @@ def read_task(file: Path) -> dict[str, Any]:
 
     Returns:
         the task. The "datalist" of its "finetuning" is {"training": [...], "validation": [...], "testing": [...]}, that
-        of its "pretraining" has no testing, and none of the cases that are held out.
+        of its "pretraining" has no testing, and does not train on the cases that are held out.
 
     Raises:
         BadInput: for a file that lacks something, a fold that the list does not have, or more labels than cases.
@@ -122,6 +126,8 @@ def read_task(file: Path) -> dict[str, Any]:
     sections = {name: [e for e in labelled if e.get("fold") in chosen] for name, chosen in folds.items()}
     held_out = [entry for section in sections.values() for entry in section]
     training = sections["training"] = [entry for entry in labelled if entry not in held_out]
+    if not task["validation_folds"]:
+        sections["validation"] = training
     for name, section in sections.items():
         if not section:
             raise BadInput(
@@ -165,7 +171,7 @@ def pretraining(task: dict, method: str, out: Path) -> tuple[Path, list[str]]:
         output_dir=folder,
         ckpt_dir=folder / "models",
         max_iterations=part["iterations"],
-        **{**part["overrides"], **METHODS[method]},
+        **{**LAST, **part["overrides"], **METHODS[method]},
     )
 
 
@@ -173,6 +179,7 @@ def finetuning(task: dict, run: Run, out: Path) -> tuple[Path, list[str]]:
     """Return folder and command of a fine-tuning; those of two methods differ in `pretrained` alone."""
     part, folder, cases = task["finetuning"], run.folder(out), len(task["finetuning"]["datalist"]["training"])
     epochs = math.ceil(part["iterations"] / math.ceil(run.count / part["overrides"].get("batch_size", 1)))
+    interval = math.ceil(epochs / VALIDATIONS)
     weights = (
         {} if METHODS[run.method] is None else {"pretrained": pretraining(task, run.method, out)[0] / "models/model.pt"}
     )
@@ -182,11 +189,11 @@ def finetuning(task: dict, run: Run, out: Path) -> tuple[Path, list[str]]:
         datalist=out / "finetuning.json",
         output_dir=folder,
         ckpt_dir=folder / "models",
-        max_epochs=epochs,
-        val_interval=max(1, epochs // VALIDATIONS),
+        max_epochs=interval * math.ceil(epochs / interval),  # so that the last weights are validated, and kept
+        val_interval=interval,
         label_fraction=run.count / cases,
         seed=run.seed,
-        **{"val_pictures": 0, **part["overrides"]},
+        **{"val_pictures": 0, **LAST, **part["overrides"]},
         **weights,
     )
 
@@ -371,6 +378,8 @@ def benchmark(options: argparse.Namespace) -> None:
         BadInput: for a wrong task, or a run that fails; what has finished is kept.
     """
     task, out = read_task(options.task), options.out.resolve()
+    if options.section == "validation" and not task["validation_folds"]:
+        raise BadInput(f"{options.task} has no validation folds, so that it has cases for --section testing alone.")
     counts, seeds = options.counts or task["counts"], options.seeds or task["seeds"]
     runs = [Run(method, count, seed) for count in counts for seed in seeds for method in options.methods]
     out.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from custom.errors import BadInput
+from custom.transfer import read_weights
 from tests.conftest import ROOT, SMALL
 from tools import benchmark, phantom
 from tools.benchmark import RECORD, Result, Run, p_value, read_task, table
@@ -87,6 +89,8 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         assert float(row["dice"]) == pytest.approx(float(case["mean"]), abs=1e-6)
         assert f"{float(row['dice']):.4f} ± 0.0000 (n = 1)" in text
         assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
+        kept, last = read_weights(folder / "models/model.pt"), read_weights(folder / "checkpoint_iteration=2.pt")
+        assert kept.keys() == last.keys() and all(torch.equal(kept[name], last[name]) for name in last)
     for name in ("dice_over_labels.png", "learning_curves.png"):
         assert (out / name).stat().st_size > 10_000
 
@@ -99,6 +103,12 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         assert ours.pop("pretrained") == str(out / "pretraining/all/models/model.pt")
         assert ours == scratch and scratch.get("label_fraction", 1) == count / 2
         assert starts[0]["datalist_sha256"] == starts[1]["datalist_sha256"]
+
+
+def changed(task, name: str, **values):
+    path = task.with_name(name)
+    path.write_text(json.dumps({**json.loads(task.read_text()), **values}))
+    return path
 
 
 def test_what_is_tested_is_never_trained_on(task):
@@ -118,10 +128,12 @@ def test_what_is_tested_is_never_trained_on(task):
     }
 
 
-def changed(task, name: str, **values):
-    path = task.with_name(name)
-    path.write_text(json.dumps({**json.loads(task.read_text()), **values}))
-    return path
+def test_without_validation_folds_the_training_cases_take_their_place(task):
+    content = read_task(changed(task, "no_validation.json", validation_folds=[]))
+    for part in ("pretraining", "finetuning"):
+        lists = {name: [e["image"][-8:-7] for e in es] for name, es in content[part]["datalist"].items()}
+        assert lists["training"] == lists["validation"] == ["2", "3", "0"]
+        assert lists.get("testing", ["1"]) == ["1"]
 
 
 def test_a_wrong_task_is_refused_in_a_sentence(task, tmp_path, capsys):
@@ -135,6 +147,9 @@ def test_a_wrong_task_is_refused_in_a_sentence(task, tmp_path, capsys):
     (tmp_path / "task.json").write_text("{}")
     assert benchmark.main([str(tmp_path / "task.json"), str(tmp_path / "out")]) == 2
     assert "task.json lacks counts, datalist" in capsys.readouterr().err
+    path = changed(task, "wrong.json", validation_folds=[])
+    assert benchmark.main([str(path), str(tmp_path / "out")]) == 2
+    assert "wrong.json has no validation folds" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
