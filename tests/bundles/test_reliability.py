@@ -1,4 +1,4 @@
-"""Bad cases, full disks and seeds, met by the bundles; kills are those of tests/tools/test_kills.py."""
+"""Bad cases, full disks and seeds, met by the bundles; kills are those of tests/integration/test_kills.py."""
 
 import json
 
