@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lint and all tests, in a virtual environment that is made on first use. Arguments go to pytest.
-# With "integration" as the first argument: the tests with the real servers of others, each of which lives in an
-# environment of its own, .venv-NAME, made of the complete list of packages in tests/integration/NAME.txt.
+# Lint and tests, in a virtual environment that is made on first use. Arguments go to pytest.
+# With "integration" as the first argument: the slow tests, and those with the real servers of others, each of which lives
+# in an environment of its own, .venv-NAME, made of the complete list of packages in tests/integration/NAME.txt.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" "[test]"
 if [ "${1-}" = integration ]; then
