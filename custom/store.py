@@ -153,9 +153,9 @@ class StoredVolume:
         array = self._open()
         self.about = self._meta(array, "about", json.loads)
         self.shape = tuple(self.about["shape"])
-        self.whole: set[int] = set()  # chunks that have been compared with their checksums
         if [getattr(array, name, None) for name in ("shape", "chunks")] != [self.shape, tuple(self.about["chunks"])]:
             raise self._damaged("its header is another")
+        self.whole = bytearray(self._meta(array, "checksums", len) // 4)  # of each chunk: 1 once its checksum was right
 
     def __getitem__(self, index: tuple[slice, ...]) -> Crop:
         return self.read(index, Crop)
@@ -202,12 +202,11 @@ class StoredVolume:
         grid = [-(-size // side) for size, side in zip(self.shape, array.chunks, strict=True)]
         for place in product(*ranges):
             number = int(np.ravel_multi_index(place, grid))
-            if number in self.whole:
+            if self.whole[number]:
                 continue
             with contextlib.suppress(Exception):  # blosc2 raises whatever the damage leads to
-                if checksum(array.schunk.get_chunk(number)) == checksums[number]:
-                    self.whole.add(number)
-            if number not in self.whole:
+                self.whole[number] = bool(checksum(array.schunk.get_chunk(number)) == checksums[number])
+            if not self.whole[number]:
                 corner = [at * side for at, side in zip(place[1:], array.chunks[1:], strict=True)]
                 raise self._damaged(f"chunk {number}, which starts at voxel {corner}, differs from its checksum")
 
