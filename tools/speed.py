@@ -1,20 +1,22 @@
 """Measure how fast this machine trains, and what each part of it costs or saves.
 
-    python -m tools.speed OUT --feature_size 48 --patch_size 96 96 96 --volume 192
+    python -m tools.speed OUT --feature_size 48 --patch_size 96 96 96 --volume 192 192 192
 
-Four measurements, each on synthetic CT drawn for it: the training step of each precision and option; crops per second
-of each way to the data; a real training's iterations and the share of them that is waiting for data; sliding-window
-inference of a whole volume. Everything is measured in a fresh process of its own, whose peak memory is its own, and in
-rounds, A B C A B C, so that what else happens on the machine meets all alike. CPU seconds are those of the process's
-threads, and say more where the machine is not idle. Ratios are of medians, to the first row; seconds of one run can be
-compared with each other, not with those of another machine. Written to OUT: speed.json, speed.md. The same command adds
-rounds to what is there, and with --only a large measurement is made in pieces.
+Four measurements, each on synthetic CT drawn for it: the training step of each precision and option; a random crop by
+each way to the data, with the files in the system's page cache and, cold, out of it; a real training's iterations and
+the share of them that is waiting for data; sliding-window inference of a whole volume. Everything is measured in a
+fresh process of its own, whose peak memory is its own, and in rounds, A B C A B C, so that what else happens on the
+machine meets all alike. CPU seconds are those of the process's threads, and say more where the machine is not idle.
+Ratios are of medians, to the first row; seconds of one run can be compared with each other, not with those of another
+machine. Written to OUT: speed.json, speed.md. The same command adds rounds to what is there, and with --only a large
+measurement is made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -27,14 +29,16 @@ from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import torch
 import torch.nn.functional as F
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from monai.data import PersistentDataset
+from monai.data import DataLoader, Dataset, PersistentDataset
 from monai.inferers import sliding_window_inference
 from monai.networks.blocks import UnetrUpBlock
 from monai.networks.nets import SwinUNETR
+from monai.transforms import Compose, LoadImaged, Orientationd, RandSpatialCropd, ScaleIntensityRanged
 from torch import nn
 
 from custom.errors import BadInput
@@ -57,8 +61,14 @@ STEPS = {
     "the bundle, channels last": DEFAULT | {"channels_last"},
 }
 INFERENCE = {STOCK: frozenset(), "the bundle": DEFAULT}
-DATA = (".nii.gz", "PersistentDataset", "CacheDataset", "store")
+STOCK_DATA = "stock MONAI, .nii.gz"
+DATA = (STOCK_DATA, ".nii.gz", "PersistentDataset", "CacheDataset", "store")
 WAITING = (".nii.gz", "store")
+RATIOS = {
+    "seconds": "times_as_fast",
+    "cpu_seconds": "times_fewer_cpu_seconds",
+    "cold_seconds": "times_as_fast_cold",
+}
 
 
 @cache
@@ -128,12 +138,12 @@ def step(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
 
 
 def inference(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Measure the sliding window over a cube, after one patch to warm up."""
+    """Measure the sliding window over a volume, after one patch to warm up."""
     parts, patch = INFERENCE[name], settings["patch_size"]
     if parts:
         begin(patch)
     network = make_network(parts, settings).eval()
-    volume = torch.rand(1, 1, *[settings["volume"]] * 3, device=device())
+    volume = torch.rand(1, 1, *settings["volume"], device=device())
     with torch.inference_mode():
         network(torch.rand(1, 1, *patch, device=device()))
         taken = seconds(lambda: sliding_window_inference(volume, patch, 1, network, overlap=0.5, mode="gaussian"))
@@ -152,9 +162,12 @@ def training(settings: dict[str, Any], folder: Path, **overrides) -> ConfigWorkf
 
 
 def draw(settings: dict[str, Any], folder: Path) -> None:
-    """Draw the synthetic CT, list it, and put it into a store."""
-    phantom.write(folder, subjects=settings["volumes"], shape=settings["volume"], kinds=("ct",))
-    scans = [{"image": str(path), "modality": "ct"} for path in sorted(folder.glob("ct/images/*"))]
+    """Draw the synthetic CT, the middle of a cube each, list it, and put it into a store."""
+    scans = [{"image": str(folder / f"{subject}.nii.gz"), "modality": "ct"} for subject in range(settings["volumes"])]
+    for subject, scan in enumerate(scans):
+        image, _, affine = phantom.abdomen_ct(subject, max(settings["volume"]))
+        middle = tuple(slice((len(image) - side) // 2, (len(image) + side) // 2) for side in settings["volume"])
+        nibabel.save(nibabel.Nifti1Image(image[middle], affine), scan["image"])
     (folder / "list.json").write_text(json.dumps({"training": scans, "validation": scans[:1]}))
     (folder / "store").mkdir()
     parser = training(settings, folder, store=str(folder / "store"), cache_rate=0.0).parser
@@ -163,21 +176,44 @@ def draw(settings: dict[str, Any], folder: Path) -> None:
         stored.prepare(item)
 
 
-def data(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Measure crops, preprocessed as in a training, after one of each volume to warm up."""
-    store = str(folder / "store") if name == "store" else None
-    cached = float(name in ("CacheDataset", "store"))
-    parser = training(settings, folder, num_workers=0, cache_rate=cached, store=store).parser
+def make_loader(name: str, settings: dict[str, Any], folder: Path) -> DataLoader:
+    """Return a loader of random crops, one by one, by one of the ways to the data."""
+    patch, crops = settings["patch_size"], 1 + 2 * settings["crops"]
+    if name == STOCK_DATA:
+        transform = Compose(
+            [
+                LoadImaged("image", ensure_channel_first=True),
+                Orientationd("image", "RAS", labels=None),
+                ScaleIntensityRanged("image", -1000, 1000, 0, 1, clip=True),
+                RandSpatialCropd("image", patch, random_size=False),
+            ]
+        )
+        return DataLoader(Dataset(json.loads((folder / "list.json").read_text())["training"] * crops, transform))
+    begin(patch)
+    overrides = {"num_workers": 0, "batch_size": 1, "crops_per_volume": crops}
+    overrides |= {"cache_rate": float(name != ".nii.gz"), "store": str(folder / "store") if name == "store" else None}
+    parser = training(settings, folder, **overrides).parser
     if name == "PersistentDataset":
         transform, items = (parser.get_parsed_content(f"train#dataset#{id}") for id in ("transform", "data"))
-        dataset, keys = PersistentDataset(items, transform, folder / "persistent"), range(settings["volumes"])
-    else:
-        dataset = parser.get_parsed_content("train#dataset")
-        keys = [(0, index) for index in range(settings["volumes"])]
-    for key in keys:
-        dataset[key]
-    taken = [seconds(lambda key=key: dataset[key]) for key in keys for _ in range(settings["crops"])]
-    return medians(taken) | {"peak_mb": peak_mb()}
+        return DataLoader(PersistentDataset(items * crops, transform, folder / "persistent"))
+    return parser.get_parsed_content("train#dataloader")
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop the files in a folder from its page cache, as far as nothing has them open."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def data(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Measure crops, preprocessed as in a training, after one of each volume to warm up."""
+    batches, count = iter(make_loader(name, settings, folder)), settings["volumes"]
+    for _ in range(count):
+        next(batches)
+    warm = [seconds(lambda: next(batches)) for _ in range(count * settings["crops"])]
+    cold = [forget(folder) or seconds(lambda: next(batches))["seconds"] for _ in range(count * settings["crops"])]
+    return medians(warm) | {"cold_seconds": statistics.median(cold), "peak_mb": peak_mb()}
 
 
 def waiting(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -235,9 +271,9 @@ def rounds(function: Callable, names: list[str], repeats: int, before: list[dict
             print(f"{function.__name__} {number + 1}/{repeats}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     rows = [{"name": name, "rounds": results, **medians(results)} for name, results in found.items()]
     for row in rows:
-        row["times_as_fast"] = rows[0]["seconds"] / row["seconds"]
-        if "cpu_seconds" in row:
-            row["times_fewer_cpu_seconds"] = rows[0]["cpu_seconds"] / row["cpu_seconds"]
+        for figure, ratio in RATIOS.items():
+            if figure in row:
+                row[ratio] = rows[0][figure] / row[figure]
     return rows
 
 
@@ -316,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--feature_size", type=int, default=24, metavar="N", help="of the network (%(default)s; published: 48)")
     add("--patch_size", type=int, nargs=3, default=[64] * 3, metavar="N", help="in voxels (64 64 64; published: 96)")
     add("--batch_size", type=int, default=1, metavar="N", help="(%(default)s)")
-    add("--volume", type=int, default=128, metavar="N", help="side of a volume in voxels (%(default)s)")
+    add("--volume", type=int, nargs=3, default=[128] * 3, metavar="N", help="sides in voxels (128 128 128)")
     add("--volumes", type=int, default=3, metavar="N", help="how many (%(default)s)")
     add("--crops", type=int, default=4, metavar="N", help="of each volume and round (%(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds (%(default)s)")

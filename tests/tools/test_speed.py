@@ -5,7 +5,7 @@ from torch import nn
 
 from tools import speed
 
-SMALLEST = "--feature_size 12 --patch_size 64 32 32 --volume 40 --volumes 2 --crops 1 --repeats 1"
+SMALLEST = "--feature_size 12 --patch_size 64 32 32 --volume 40 32 36 --volumes 2 --crops 1 --repeats 1"
 
 
 def test_everything_is_measured_and_the_figures_agree(tmp_path, capsys):
