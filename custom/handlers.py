@@ -15,6 +15,8 @@ from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.engines.utils import IterationEvents
 from monai.handlers import CheckpointLoader
+from monai.transforms import Compose, RandFlip
+from monai.utils import convert_to_tensor
 from torch.nn.utils import get_total_norm
 
 from custom.disruption import Disrupt
@@ -40,23 +42,27 @@ def prepare_batch(batch: Mapping[str, Any], device: torch.device, non_blocking: 
 
 
 class DisruptBatch:
-    """Disrupt the images of a batch where they are trained on, and prepare it as `prepare_batch` does.
+    """Flip and disrupt the images of a batch where they are trained on, and prepare it as `prepare_batch` does.
 
-    The batch is given both: "label", its images as they were, and "image", disrupted.
+    The batch is given both: "label", its images as they were but for the flips, and "image", disrupted.
 
     Args:
+        flip_probability: of a flip along each axis, of every image by itself.
         kwargs: see `Disrupt`.
 
     Randomness:
         NumPy's global state, which `custom.resume.RunState` sets before every iteration.
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, flip_probability: float = 0, **kwargs) -> None:
+        self.flip = Compose([RandFlip(flip_probability, axis) for axis in range(3)])
         self.disrupt = Disrupt(**kwargs)
 
     def __call__(self, batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **kwargs) -> tuple:
-        batch["label"] = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
-        self.disrupt.set_random_state(seed=np.random.randint(2**31))
+        for transform in (self.flip, self.disrupt):
+            transform.set_random_state(seed=np.random.randint(2**31))
+        images = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
+        batch["label"] = torch.stack([convert_to_tensor(self.flip(image)) for image in images])
         batch["image"] = torch.stack([self.disrupt(image) for image in batch["label"]])
         return prepare_batch(batch, device)
 

@@ -1,4 +1,5 @@
 import json
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -37,6 +38,17 @@ def test_a_batch_is_disrupted_as_the_global_seed_says_and_keeps_its_originals():
         assert noise.std().item() == pytest.approx(0.1**0.5, rel=0.05) and not torch.equal(noise[0], noise[1])
         results.append(noise)
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_a_batch_is_flipped_along_any_axis_and_restored_as_flipped():
+    image = torch.rand(1, 4, 4, 4)
+    flips = [axes for count in range(4) for axes in combinations((1, 2, 3), count)]
+    np.random.seed(0)
+    batch = {"image": image.expand(400, -1, -1, -1, -1), "modality": ["ct"] * 400}
+    flipped, target, *_ = DisruptBatch(flip_probability=0.5, disruptions=[])(batch, torch.device("cpu"))
+    assert torch.equal(flipped, target["image"]) and type(flipped) is torch.Tensor
+    counts = [sum(torch.equal(one, image.flip(axes)) for one in flipped) for axes in flips]
+    assert sum(counts) == 400 and min(counts) > 25  # of 50 each
 
 
 def test_on_calls_at_its_event():
