@@ -195,7 +195,7 @@ def make_loader(name: str, settings: dict[str, Any], folder: Path) -> DataLoader
     parser = training(settings, folder, **overrides).parser
     if name == "PersistentDataset":
         transform, items = (parser.get_parsed_content(f"train#dataset#{id}") for id in ("transform", "data"))
-        return DataLoader(PersistentDataset(items * crops, transform, folder / "persistent"))
+        return DataLoader(PersistentDataset(items, transform, folder / "persistent"))
     return parser.get_parsed_content("train#dataloader")
 
 
@@ -203,6 +203,7 @@ def forget(folder: Path) -> None:
     """Have the system drop the files in a folder from its page cache, as far as nothing has them open."""
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on the disk yet stays
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -26,6 +26,8 @@ def test_everything_is_measured_and_the_figures_agree(tmp_path, capsys):
                 assert row[figure] == statistics.median(found[figure] for found in row["rounds"])
                 assert f"{row[figure]:#.3g}" in table
             assert row["times_as_fast"] == rows[0]["seconds"] / row["seconds"]
+            if kind == "data":
+                assert row["times_as_fast_cold"] == rows[0]["cold_seconds"] / row["cold_seconds"]
             if kind == "waiting":
                 assert row["waiting_share"] < 1
             else:
