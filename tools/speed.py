@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context, set_start_method
@@ -64,6 +64,7 @@ INFERENCE = {STOCK: frozenset(), "the bundle": DEFAULT}
 STOCK_DATA = "stock MONAI, .nii.gz"
 DATA = (STOCK_DATA, ".nii.gz", "PersistentDataset", "CacheDataset", "store")
 WAITING = (".nii.gz", "store")
+PATIENCE = 30  # seconds, for the crops of one way, three times: to warm up, warm, cold
 RATIOS = {
     "seconds": "times_as_fast",
     "cpu_seconds": "times_fewer_cpu_seconds",
@@ -178,7 +179,7 @@ def draw(settings: dict[str, Any], folder: Path) -> None:
 
 def make_loader(name: str, settings: dict[str, Any], folder: Path) -> DataLoader:
     """Return a loader of random crops, one by one, by one of the ways to the data."""
-    patch, crops = settings["patch_size"], 1 + 2 * settings["crops"]
+    patch, crops = settings["patch_size"], 3 * settings["crops"]
     if name == STOCK_DATA:
         transform = Compose(
             [
@@ -207,14 +208,22 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def take(batches: Iterator, most: int, before: Callable[[], Any] = lambda: None) -> list[dict[str, float]]:
+    """Measure one batch after the other, until there are most of them or `PATIENCE` is over."""
+    found, start = [], time.perf_counter()
+    while len(found) < most and time.perf_counter() - start < PATIENCE:
+        before()
+        found.append(seconds(lambda: next(batches)))
+    return found
+
+
 def data(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Measure crops, preprocessed as in a training, after one of each volume to warm up."""
-    batches, count = iter(make_loader(name, settings, folder)), settings["volumes"]
-    for _ in range(count):
-        next(batches)
-    warm = [seconds(lambda: next(batches)) for _ in range(count * settings["crops"])]
-    cold = [forget(folder) or seconds(lambda: next(batches))["seconds"] for _ in range(count * settings["crops"])]
-    return medians(warm) | {"cold_seconds": statistics.median(cold), "peak_mb": peak_mb()}
+    """Measure crops, preprocessed as in a training, after as many to warm up: a store's chunks are checked once."""
+    torch.set_num_threads(1)  # as in a worker of a data loader
+    batches, most = iter(make_loader(name, settings, folder)), settings["volumes"] * settings["crops"]
+    take(batches, most)
+    warm, cold = medians(take(batches, most)), medians(take(batches, most, lambda: forget(folder)))
+    return warm | {"cold_seconds": cold["seconds"], "peak_mb": peak_mb()}
 
 
 def waiting(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
@@ -355,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch_size", type=int, default=1, metavar="N", help="(%(default)s)")
     add("--volume", type=int, nargs=3, default=[128] * 3, metavar="N", help="sides in voxels (128 128 128)")
     add("--volumes", type=int, default=3, metavar="N", help="how many (%(default)s)")
-    add("--crops", type=int, default=4, metavar="N", help="of each volume and round (%(default)s)")
+    add("--crops", type=int, default=4, metavar="N", help="of each volume, at most half a minute of them (%(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds (%(default)s)")
     add("--bfloat16", action="store_true", help="try it too; on a CPU without it a step takes many times as long")
     add("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="WHAT", help=f"some of {', '.join(KINDS)}")
