@@ -310,18 +310,18 @@ def table(found: Sequence[Result]) -> str:
         lines.append("| " + " | ".join(row) + " |")
     lines += [
         "",
-        "| labels | " + OURS + " against | difference | p, cases and seeds | p, cases |",
-        "|---|---|---|---|---|",
+        "| labels | " + OURS + " against | difference | of each seed | p, cases and seeds | p, cases |",
+        "|---|---|---|---|---|---|",
     ]
     for count in counts:
         for rival in RIVALS:
             ours, theirs = (cells.get((method, count), []) for method in (OURS, rival))
             if ours and len(ours) == len(theirs):
-                means = [
-                    np.mean([value for result in side for value in result.dice.values()]) for side in (ours, theirs)
-                ]
+                means = [{r.run.seed: np.mean(list(r.dice.values())) for r in side} for side in (ours, theirs)]
+                seeds = [means[0][seed] - means[1][seed] for seed in sorted(means[0])]
+                apart = ", ".join(f"{difference:+.3f}" for difference in seeds)
                 p = [p_value(ours, theirs, by_case) for by_case in (False, True)]
-                lines.append(f"| {count} | {rival} | {means[0] - means[1]:+.4f} | {p[0]:.2g} | {p[1]:.2g} |")
+                lines.append(f"| {count} | {rival} | {np.mean(seeds):+.4f} | {apart} | {p[0]:.2g} | {p[1]:.2g} |")
     return "\n".join(lines) + "\n"
 
 
