@@ -10,16 +10,17 @@ from custom.published import SharedLocalMasking, SwinUNETRVariant
 
 
 class InstanceNorm(nn.InstanceNorm3d):
-    """Instance norm, on a CPU by torch's kernel for groups of one channel, which takes a third of the time.
+    """Instance norm by torch's kernel for groups of one channel, which takes a third of the time, on a GPU two thirds.
 
-    On a GPU it stays as it is: autocast would compute groups in float32.
+    Under autocast the values stay in half precision, as those of instance norm do; the kernel adds up in float32.
 
     Shapes:
         input and output: (B, C, D, H, W).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(x, x.shape[1], eps=self.eps) if x.device.type == "cpu" else super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, x.shape[1], eps=self.eps)
 
 
 class FoldedUpBlock(UnetrUpBlock):

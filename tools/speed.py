@@ -35,13 +35,14 @@ import torch.nn.functional as F
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.data import DataLoader, Dataset, PersistentDataset
-from monai.inferers import sliding_window_inference
+from monai.inferers import SimpleInferer, sliding_window_inference
 from monai.networks.blocks import UnetrUpBlock
 from monai.networks.nets import SwinUNETR
 from monai.transforms import Compose, LoadImaged, Orientationd, RandSpatialCropd, ScaleIntensityRanged
 from torch import nn
 
 from custom.errors import BadInput
+from custom.inferer import ReplayInferer
 from custom.loss import DisruptiveLoss
 from custom.network import DisruptiveAutoencoder, FoldedUpBlock, InstanceNorm
 from custom.workflow import begin, check_patch_size
@@ -50,17 +51,32 @@ from tools import phantom
 BUNDLE = Path(__file__).parents[1] / "bundles" / "dae_pretraining"
 STOCK = "stock SwinUNETR, L1, float32"
 DEFAULT = frozenset({"begin", "norm", "folding"})
-# What is tried: the parts of the bundle's step that are in use, and what is added to it.
+# What is tried on a CPU and on a GPU: the parts of the bundle's step that are in use, and what is added to it.
 STEPS = {
-    STOCK: frozenset(),
-    "with freed memory kept": frozenset({"begin"}),
-    "and the quicker instance norm": frozenset({"begin", "norm"}),
-    "and folded decoder stages: the bundle": DEFAULT,
-    "the bundle, bfloat16 autocast": DEFAULT | {"bfloat16"},
-    "the bundle, gradient checkpointing": DEFAULT | {"checkpointing"},
-    "the bundle, channels last": DEFAULT | {"channels_last"},
+    "cpu": {
+        STOCK: frozenset(),
+        "with freed memory kept": frozenset({"begin"}),
+        "and the quicker instance norm": frozenset({"begin", "norm"}),
+        "and folded decoder stages: the bundle": DEFAULT,
+        "the bundle, bfloat16 autocast": DEFAULT | {"bfloat16"},
+        "the bundle, gradient checkpointing": DEFAULT | {"checkpointing"},
+        "the bundle, channels last": DEFAULT | {"channels_last"},
+    },
+    "cuda": {
+        STOCK: frozenset(),
+        "with TF32 in convolutions, as torch comes": frozenset({"tf32"}),
+        "and the quicker instance norm": frozenset({"tf32", "begin", "norm"}),
+        "and folded decoder stages": frozenset({"tf32"}) | DEFAULT,
+        "and bfloat16 autocast": frozenset({"tf32", "bfloat16"}) | DEFAULT,
+        "and replayed, with fused AdamW: the bundle": frozenset({"tf32", "bfloat16", "replay"}) | DEFAULT,
+        "the bundle, gradient checkpointing": frozenset({"tf32", "bfloat16", "replay", "checkpointing"}) | DEFAULT,
+    },
 }
-INFERENCE = {STOCK: frozenset(), "the bundle": DEFAULT}
+GPU_STEPS = 10  # a step of a CPU takes seconds and is measured once, after one to warm up
+INFERENCE = {
+    "cpu": {STOCK: frozenset(), "the bundle": DEFAULT},
+    "cuda": {STOCK: frozenset(), "the bundle": DEFAULT | {"bfloat16"}},
+}
 STOCK_DATA = "stock MONAI, .nii.gz"
 DATA = (STOCK_DATA, ".nii.gz", "PersistentDataset", "CacheDataset", "store")
 WAITING = (".nii.gz", "store")
@@ -100,11 +116,16 @@ def medians(results: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
+def is_ours(parts: frozenset[str]) -> bool:
+    """Return whether these parts are of the bundle's step, not of a stock one."""
+    return "begin" in parts
+
+
 def make_network(parts: frozenset[str], settings: dict[str, Any]) -> SwinUNETR:
     """Return a stock network for no parts, else that of the bundle with these parts of it."""
     torch.manual_seed(0)
     sizes = {"in_channels": 1, "out_channels": 1, "feature_size": settings["feature_size"]}
-    if not parts:
+    if not is_ours(parts):
         return SwinUNETR(**sizes).to(device())
     network = DisruptiveAutoencoder(**sizes, use_checkpoint="checkpointing" in parts).to(device())
     for module in network.modules():
@@ -116,12 +137,14 @@ def make_network(parts: frozenset[str], settings: dict[str, Any]) -> SwinUNETR:
 
 
 def step(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Measure one training step, after one to warm up."""
-    parts = STEPS[name]
-    if "begin" in parts:
+    """Measure one training step, after one to warm up; on a GPU the median of some, after some."""
+    parts, gpu = STEPS[device().type][name], device().type == "cuda"
+    if is_ours(parts):
         begin(settings["patch_size"])
+    torch.backends.cudnn.allow_tf32 = "tf32" in parts
     network = make_network(parts, settings).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=gpu and "replay" in parts)
+    inferer = ReplayInferer() if "replay" in parts else SimpleInferer()
     disruptive = DisruptiveLoss()
     image = torch.rand(settings["batch_size"], 1, *settings["patch_size"], device=device())
     target = {"image": image, "modality": torch.arange(len(image), device=device())}
@@ -129,23 +152,24 @@ def step(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
     def work() -> None:
         optimizer.zero_grad()
         with torch.autocast(device().type, torch.bfloat16, enabled="bfloat16" in parts):
-            output = network(image, return_embedding=True) if parts else network(image)
-        loss = disruptive(output, target) if parts else F.l1_loss(output, image)
+            output = inferer(image, network, **({"return_embedding": True} if is_ours(parts) else {}))
+        loss = disruptive(output, target) if is_ours(parts) else F.l1_loss(output, image)
         loss.backward()
         optimizer.step()
 
-    work()
-    return seconds(work) | {"peak_mb": peak_mb()}
+    taken = [seconds(work) for _ in range(2 * GPU_STEPS if gpu else 2)]
+    return medians(taken[len(taken) // 2 :]) | {"peak_mb": peak_mb()}
 
 
 def inference(name: str, settings: dict[str, Any], folder: Path) -> dict[str, float]:
     """Measure the sliding window over a volume, after one patch to warm up."""
-    parts, patch = INFERENCE[name], settings["patch_size"]
-    if parts:
+    parts, patch = INFERENCE[device().type][name], settings["patch_size"]
+    if is_ours(parts):
         begin(patch)
+    torch.backends.cudnn.allow_tf32 = is_ours(parts)
     network = make_network(parts, settings).eval()
     volume = torch.rand(1, 1, *settings["volume"], device=device())
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device().type, torch.bfloat16, enabled="bfloat16" in parts):
         network(torch.rand(1, 1, *patch, device=device()))
         taken = seconds(lambda: sliding_window_inference(volume, patch, 1, network, overlap=0.5, mode="gaussian"))
     return taken | {"peak_mb": peak_mb()}
@@ -328,7 +352,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in SETTINGS}
     check_patch_size(options.patch_size)
     options.out.mkdir(parents=True, exist_ok=True)
-    file, result = options.out / "speed.json", {"machine": apart(machine), "settings": settings}
+    file, processor = options.out / "speed.json", apart(device).type
+    result = {"machine": apart(machine), "settings": settings}
     if file.exists():
         before = json.loads(file.read_text())
         if {name: before[name] for name in result} != result:
@@ -340,7 +365,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             apart(draw, settings, folder)
         for kind in options.only:
             function, names, _ = KINDS[kind]
-            names = [name for name in names if options.bfloat16 or "bfloat16" not in name]
+            names = names[processor] if isinstance(names, dict) else names
+            names = [n for n in names if options.bfloat16 or processor == "cuda" or "bfloat16" not in n]
             result[kind] = rounds(function, names, options.repeats, result.get(kind, []), settings, folder)
             file.write_text(json.dumps(result, indent=2) + "\n")
             (options.out / "speed.md").write_text(tables(result) + "\n")
