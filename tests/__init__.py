@@ -1,0 +1,5 @@
+"""The tests run on the CPU: they hold runs to the bit, and start two processes where there may be one GPU."""
+
+import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")

@@ -3,8 +3,9 @@ import copy
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
+from torch import nn
 
-from custom.network import DisruptiveAutoencoder
+from custom.network import DisruptiveAutoencoder, InstanceNorm
 
 IMAGE = torch.rand(2, 1, 64, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -49,6 +50,20 @@ def test_its_gradients_are_those_of_a_stock_swin_unetr(stock):
         (output - IMAGE).abs().mean().backward()
     for (name, p), expected in zip(networks[1].named_parameters(), networks[0].parameters(), strict=True):
         assert relative_error(p.grad, expected.grad) < 1e-8, name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+def test_instance_norm_is_torch_s_and_keeps_half_precision(dtype, tolerance):
+    image = (IMAGE * 3 + 5).to(dtype).requires_grad_()
+    expected_image = image.detach().double().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        normed = InstanceNorm(1)(image)
+    expected = nn.InstanceNorm3d(1)(expected_image)
+    assert normed.dtype == dtype
+    assert relative_error(normed, expected) < tolerance
+    (normed.double() ** 3).sum().backward()
+    (expected**3).sum().backward()
+    assert relative_error(image.grad, expected_image.grad) < 2 * tolerance
 
 
 def test_gradient_checkpointing_changes_no_gradient(stock):
