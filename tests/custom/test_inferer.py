@@ -10,7 +10,9 @@ from monai.inferers import SimpleInferer
 from custom.inferer import ReplayInferer
 from custom.network import DisruptiveAutoencoder
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest FILE")
+gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest FILE"
+)
 
 
 def train(inferer, network, images, zero_grad, autocast=False):
