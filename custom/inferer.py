@@ -1,5 +1,7 @@
 """How a training runs its network on a GPU: the kernels of a step are recorded once, and then replayed."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -28,15 +30,15 @@ class ReplayInferer(SimpleInferer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shape: torch.Size | None = None
+        self.recording: Recording | None = None
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = inputs.device.type != "cuda" or not network.training or isinstance(network, DistributedDataParallel)
         if plain or any(getattr(module, "use_checkpoint", False) for module in network.modules()):
             return super().__call__(inputs, network, *args, **kwargs)
-        if self.shape is None:
-            self.shape, self.recording = inputs.shape, Recording(inputs, network, *args, **kwargs)
-        if inputs.shape != self.shape:
+        if self.recording is None:
+            self.recording = Recording(inputs, network, *args, **kwargs)
+        if inputs.shape != self.recording.inputs.shape:
             return super().__call__(inputs, network, *args, **kwargs)
         return self.recording(inputs)
 
