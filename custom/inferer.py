@@ -17,7 +17,7 @@ class ReplayInferer(SimpleInferer):
     A training step of a Swin UNETR launches thousands of small kernels, which can take a CPU longer than it takes the
     GPU to run them. The first training batch is recorded, forward and backward, and batches of its shape are replayed.
     All else is run as it comes: other shapes, evaluation, a CPU, several processes, gradient checkpointing, which can't
-    be recorded.
+    be recorded. Weights that do not require gradients at the first batch get none later.
 
     Memory that the recording uses is kept as long as the inferer.
 
