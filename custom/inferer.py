@@ -46,8 +46,8 @@ class ReplayInferer(SimpleInferer):
 class Recording:
     """Forward and backward pass of a network on inputs of one shape, as CUDA graphs.
 
-    torch's `make_graphed_callables` would do, but other threads must not touch the GPU while it records, and a data
-    loader that pins memory does.
+    torch's `make_graphed_callables` records in a mode in which no other thread may use the GPU, and a data loader that
+    pins memory does.
 
     Args:
         inputs, network, args, kwargs: of the call that is recorded; autocast is what it is during it.

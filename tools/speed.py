@@ -122,7 +122,7 @@ def is_ours(parts: frozenset[str]) -> bool:
 
 
 def make_network(parts: frozenset[str], settings: dict[str, Any]) -> SwinUNETR:
-    """Return a stock network for no parts, else that of the bundle with these parts of it."""
+    """Return a stock network, or that of the bundle with these parts of it."""
     torch.manual_seed(0)
     sizes = {"in_channels": 1, "out_channels": 1, "feature_size": settings["feature_size"]}
     if not is_ours(parts):
@@ -392,7 +392,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--volumes", type=int, default=3, metavar="N", help="how many (%(default)s)")
     add("--crops", type=int, default=4, metavar="N", help="of each volume, at most half a minute of them (%(default)s)")
     add("--repeats", type=int, default=3, metavar="N", help="rounds (%(default)s)")
-    add("--bfloat16", action="store_true", help="try it too; on a CPU without it a step takes many times as long")
+    add(
+        "--bfloat16",
+        action="store_true",
+        help="try it on a CPU too; where it is emulated a step takes many times as long",
+    )
     add("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="WHAT", help=f"some of {', '.join(KINDS)}")
     try:
         run(parser.parse_args(argv))
