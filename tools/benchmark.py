@@ -248,6 +248,8 @@ def finish(folder: Path, arguments: list[str], threads: int) -> None:
     beside = record.with_suffix(".part")
     beside.write_text(json.dumps({"command": arguments, "seconds": time.monotonic() - started}, indent=4))
     os.replace(beside, record)
+    for state in folder.glob("checkpoint_*.pt"):  # nothing goes on from them, and they are most of the folder
+        state.unlink()
 
 
 def seconds_per_iteration(part: dict) -> float:
