@@ -36,7 +36,10 @@ REQUIRED = (
     *("LICENSE", "docs/README.md", "custom/__init__.py", "configs/logging.conf", "configs/metadata.json"),
     *(f"configs/{name}.json" for name in CONFIGS),
 )
-OVERLAYS = {"evaluate": "train", "multi_gpu_train": "train", "ensemble": "inference", "published": "train"}
+OVERLAYS = {
+    "ensemble": "inference",
+    **dict.fromkeys(("evaluate", "multi_gpu_train", "published", "few_labels"), "train"),
+}
 # What monai.bundle or its consumers read by name.
 ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "val_interval", "train#trainer"}
 # What train and inference each have for themselves, though by the same name.

@@ -189,3 +189,10 @@ def test_paired_tests_and_the_table_by_hand():
     assert "| scratch | 0.7605 ± 0.0625 (n = 2) |" in text and "| all | 0.8700 ± 0.0500 (n = 2) |" in text
     assert "| 4 | scratch | +0.1095 | +0.122, +0.097 | 0.002 | 0.062 |" in text
     assert np.mean(list(ours[0].dice.values())) == pytest.approx(0.82)
+
+
+@pytest.mark.parametrize("task", sorted((ROOT / "examples/benchmark").glob("*.json")), ids=lambda task: task.stem)
+def test_a_task_fine_tunes_as_the_preset_for_few_labels_does(task):
+    part = json.loads(task.read_text())["finetuning"]
+    preset = json.loads((ROOT / "bundles" / part["bundle"] / "configs/few_labels.json").read_text())
+    assert preset and preset.items() <= part["overrides"].items()
