@@ -257,12 +257,14 @@ def seconds_per_iteration(part: dict) -> float:
     parser = ConfigParser()
     parser.read_config(str(BUNDLES / part["bundle"] / "configs/train.json"))
     parser.update(part["overrides"])
-    network = parser.get_parsed_content("network_def")
+    network = parser.get_parsed_content("network")  # on the device that the runs will take
+    first = next(network.parameters())
     crops = parser["batch_size"] * (1 if "disruptions" in parser else parser["crops_per_volume"])
-    image = torch.rand(crops, 1, *parser["patch_size"])
+    image = torch.rand(crops, 1, *parser["patch_size"], device=first.device)
     for _ in range(2):  # the first is slower
         started = time.monotonic()
         network(image).mean().backward()
+        first.grad.sum().item()  # a GPU is done when this is
     return time.monotonic() - started
 
 
