@@ -333,7 +333,7 @@ def draw(found: Sequence[Result], out: Path) -> None:
     """Draw the Dice over the number of labels, and over the iterations of the fine-tunings."""
     methods = list(dict.fromkeys(result.run.method for result in found))
     counts = sorted({result.run.count for result in found})
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for place, method in enumerate(methods):
         means = [[np.mean(list(r.dice.values())) for r in found if r.run[:2] == (method, count)] for count in counts]
@@ -345,10 +345,10 @@ def draw(found: Sequence[Result], out: Path) -> None:
         axis.errorbar(*np.transpose(known), marker="o", capsize=3, label=method)
     axis.set(xscale="log", xlabel="labelled cases", ylabel="mean Dice", xticks=counts, xticklabels=counts)
     axis.minorticks_off()
-    axis.legend(title="pre-training")
+    figure.legend(*axis.get_legend_handles_labels(), title="pre-training", loc="outside right upper")
     figure.savefig(out / "dice_over_labels.png", dpi=120)
 
-    figure = Figure(figsize=(4 * len(counts), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(counts) + 2, 4), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(1, len(counts), squeeze=False, sharex=True, sharey=True)[0]
     for axis, count in zip(axes, counts, strict=True):
         for method in methods:
@@ -358,7 +358,7 @@ def draw(found: Sequence[Result], out: Path) -> None:
                 axis.plot(list(curves[0]), mean, marker=".", label=method)
         axis.set(title=f"{count} labelled cases", xlabel="iteration")
     axes[0].set_ylabel("mean Dice, validation")
-    axes[-1].legend(title="pre-training", fontsize=7)
+    figure.legend(*axes[-1].get_legend_handles_labels(), title="pre-training", loc="outside right upper")
     figure.savefig(out / "learning_curves.png", dpi=120)
 
 
