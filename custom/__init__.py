@@ -1,6 +1,13 @@
-"""What JSON cannot say: the few classes of Disruptive Autoencoders that MONAI, Ignite and torch lack.
+"""Disruptive Autoencoders: what JSON cannot say and MONAI, Ignite and torch lack.
 
-Read in this order: `masking`, `disruption`, `network` and `loss` are the method; `data` reads and checks scans;
-`handlers`, `pictures`, `provenance`, `workflow` and `errors` are the glue between the bundles' configs and MONAI's
-Ignite engines.
+The method, in reading order: `masking`, `disruption`, `network`, `loss`, `transfer`; `published` is the authors'
+network.
+
+What training it needs:
+    data: data lists, loading and checking scans, reproducible samples, the store of prepared scans.
+    engine: checkpoints, resumption, handlers, the check of a config, the record of a run.
+    evaluation: metrics, pictures, ensembles.
+    speed: quicker blocks, CUDA graphs, memory that is kept.
+
+Shared by all: `errors` (what a user can mend), `files` (written whole or not at all), `text` (tables, suggestions).
 """

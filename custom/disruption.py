@@ -1,13 +1,14 @@
-"""Disruptions of the image: noise, low resolution, and masked cubes (the MAE baseline)."""
+"""Disruptions of the image: noise, low resolution, and masked cubes (the MAE baseline); of a scan or of a batch."""
 
 import zlib
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable, RandSimulateLowResolution, Transform
+from monai.transforms import Compose, MapTransform, RandFlip, Randomizable, RandSimulateLowResolution, Transform
 from monai.utils import convert_to_dst_type, convert_to_tensor
 
 from custom.errors import BadInput
@@ -133,18 +134,20 @@ class Disruptd(Randomizable, MapTransform):
 
     Args:
         keys: the images to disrupt.
+        disrupt: what to do with each.
         case_seed: None draws anew at every call. A number makes the disruption a function of it and of the string
             `data[case_key]`: the same case is disrupted in the same way in every epoch, order and worker, so that a
             validation loss is comparable.
         case_key: where the name of the case is.
-        kwargs: see `Disrupt`.
     """
 
-    def __init__(self, keys: KeysCollection, case_seed: int | None = None, case_key: str = "case", **kwargs) -> None:
+    def __init__(
+        self, keys: KeysCollection, disrupt: Disrupt, case_seed: int | None = None, case_key: str = "case"
+    ) -> None:
         MapTransform.__init__(self, keys)
+        self.disrupt = disrupt
         self.case_seed = case_seed
         self.case_key = case_key
-        self.disrupt = Disrupt(**kwargs)
 
     def set_random_state(self, seed=None, state=None) -> "Disruptd":
         super().set_random_state(seed, state)
@@ -158,3 +161,49 @@ class Disruptd(Randomizable, MapTransform):
         for key in self.key_iterator(output):
             output[key] = self.disrupt(output[key])
         return output
+
+
+class DisruptBatch:
+    """Flip and disrupt the images of a batch where they are trained on; the `prepare_batch` of the trainer.
+
+    The batch is given both: "original", its images as they were but for the flips, and "image", disrupted.
+
+    Args:
+        disrupt: what to do with each image.
+        flip_probability: of a flip along each axis, of every image by itself.
+
+    Shapes:
+        batch["image"]: (B, 1, D, H, W); batch["modality"]: B names.
+
+    Returns:
+        disrupted images (B, 1, D, H, W) and, for `DisruptiveLoss`, {"image": originals, "modality": (B,) integers}.
+
+    Randomness:
+        NumPy's global state, which `custom.engine.resume.RunState` sets before every iteration.
+    """
+
+    def __init__(self, disrupt: Disrupt, flip_probability: float = 0) -> None:
+        self.disrupt = disrupt
+        self.flip = Compose([RandFlip(flip_probability, axis) for axis in range(3)])
+
+    def __call__(self, batch: dict[str, Any], device: torch.device, non_blocking: bool = False, **kwargs) -> tuple:
+        for transform in (self.flip, self.disrupt):
+            transform.set_random_state(seed=np.random.randint(2**31))
+        images = batch["image"].to(device, non_blocking=non_blocking, **kwargs)
+        batch["original"] = torch.stack([convert_to_tensor(self.flip(image)) for image in images])
+        batch["image"] = torch.stack([self.disrupt(image) for image in batch["original"]])
+        # Any name has a number, the same on every rank and without a list of all names.
+        modality = torch.tensor([zlib.crc32(name.encode()) for name in batch["modality"]], device=device)
+        return batch["image"], {"image": batch["original"], "modality": modality}
+
+
+def prepare_restoration(
+    batch: Mapping[str, torch.Tensor], device: torch.device, non_blocking: bool = False, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the disrupted and the original images of a batch; the `prepare_batch` of an evaluator.
+
+    Shapes:
+        batch["image"], batch["original"]: (B, 1, D, H, W).
+    """
+    image, original = (batch[key].to(device, non_blocking=non_blocking, **kwargs) for key in ("image", "original"))
+    return image, original

@@ -1,41 +1,61 @@
 """Errors that a user can mend: one sentence that names the file or the id, and what to do."""
 
+import contextlib
 import logging
+import os
 import re
 import sys
 import traceback
+from pathlib import Path
 
 
 class BadInput(ValueError):
-    """Something given by the user is wrong; the message is one sentence that names it and the mend."""
+    """Something given by the user is wrong; the message is one sentence that names it and the remedy."""
 
     def __init__(self, message: str) -> None:
-        # On one line: DataLoader workers and MONAI's wrappers pass an error on as the text of its traceback.
+        # On one line: a DataLoader's worker passes an error on as the text of its traceback.
         super().__init__(" ".join(str(message).split()))
 
 
-def sentence(error: BaseException) -> str | None:
-    """Return the sentence of the `BadInput` among the causes of an error, None if there is none.
+def user_message(error: BaseException) -> str | None:
+    """Return the sentence of the `BadInput` that caused an error; None for any other error, which is a fault of ours.
 
-    An argument that a component does not have counts as one.
-
-    MONAI re-raises what a transform or a component raises as a `RuntimeError`, and a DataLoader worker sends nothing
-    but text; so the sentence is looked for in the text of the whole traceback.
+    MONAI raises what a transform or a component raises again, as a `RuntimeError` with a cause. A DataLoader's worker
+    sends nothing but the text of the traceback.
     """
-    text = "".join(traceback.format_exception(error))
-    found = re.search(r"BadInput: (?!Caught )(.+)|TypeError: (.+ got an unexpected keyword argument .+)", text)
-    return found and (found[1] or found[2])
+    cause: BaseException | None = error
+    while cause is not None:
+        if type(cause).__name__ == BadInput.__name__:  # a bundle may carry a `custom` of its own
+            return str(cause)
+        if "in DataLoader worker process" in str(cause):
+            # An error that came up while a `BadInput` was handled is not the user's.
+            last = str(cause).split("During handling of the above exception")[-1]
+            found = re.search(r"^(?:\w+\.)*BadInput: (.+)", last, re.MULTILINE)
+            return found and found[1]
+        cause = cause.__cause__
+    return None
 
 
-def speak_plainly() -> None:
-    """Let an uncaught error of the process print its `BadInput` sentence alone instead of a traceback."""
+def report_errors(folder: str | Path) -> None:
+    """Let an uncaught error of this process print the user's sentence, where it has one, in place of its traceback.
+
+    Any other error is printed with its traceback. Every traceback is also kept in the folder, in `error.txt`.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    file = Path(folder, f"error_rank={rank}.txt" if rank else "error.txt")
 
     def hook(kind, error, trace):
-        message = sentence(error)
+        if not isinstance(error, Exception):
+            return sys.__excepthook__(kind, error, trace)
+        message = user_message(error)
         if message is None:
             sys.__excepthook__(kind, error, trace)
         else:
             print(f"\nerror: {message}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(traceback.format_exception(kind, error, trace)))
+            print(f"The whole traceback is in {file}.", file=sys.stderr)
 
     sys.excepthook = hook
     for handler in logging.getLogger().handlers:

@@ -1,78 +1,42 @@
-"""The pre-training network: MONAI's Swin UNETR with local masking, and its costliest blocks made quicker."""
+"""Pre-training of a stock network: its token embedding is masked, and its deepest features leave beside its output."""
+
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from monai.networks.blocks import UnetrUpBlock
 from torch import nn
 
 from custom.masking import LocalMasking
-from custom.published import SharedLocalMasking, SwinUNETRVariant
 
 
-class InstanceNorm(nn.InstanceNorm3d):
-    """Instance norm by torch's kernel for groups of one channel, which takes a third of the time, on a GPU two thirds.
+def disruptive_autoencoder(
+    network: nn.Module,
+    embedding: str = "swinViT.pos_drop",
+    features: str = "swinViT",
+    masking: LocalMasking | None = None,
+    left_out_skip: str | None = None,
+) -> nn.Module:
+    """Make a network a disruptive autoencoder, in place, by forward hooks on its submodules.
 
-    Under autocast the values stay in half precision, as those of instance norm do; the kernel adds up in float32.
-
-    Shapes:
-        input and output: (B, C, D, H, W).
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, x.shape[1], eps=self.eps)
-
-
-class FoldedUpBlock(UnetrUpBlock):
-    """MONAI's decoder stage, without the upsampled features and their concatenation with the skip.
-
-    Nothing nonlinear stands between the upsampling (a transposed convolution of stride 2) and the convolution of its
-    result, so that both are one transposed convolution, whose kernel is the one convolved with the other: 8 instead of
-    28 products for each output voxel and pair of channels.
-
-    Shapes:
-        x: (B, C_in, D, H, W); skip and output: (B, C, 2 * D, 2 * H, 2 * W).
-    """
-
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        block = self.conv_block
-        output = block.lrelu(block.norm1(self._convolve(x, skip, block.conv1.conv.weight)))
-        output = block.norm2(block.conv2(output))
-        output += block.norm3(self._convolve(x, skip, block.conv3.conv.weight))
-        return block.lrelu(output)
-
-    def _convolve(self, x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve the concatenation of upsampled x and skip with a weight (C, 2 * C, k, k, k), k odd."""
-        upsampled, beside = weight.chunk(2, 1)
-        pad = weight.shape[-1] // 2
-        kernel = F.conv3d(self.transp_conv.conv.weight, upsampled, padding=2 * pad)
-        return F.conv_transpose3d(x, kernel, stride=2, padding=pad) + F.conv3d(skip, beside, padding=pad)
-
-
-class DisruptiveAutoencoder(SwinUNETRVariant):
-    """MONAI's `SwinUNETR` whose token embedding is locally masked during training.
-
-    It has the parameters of `SwinUNETR` under the same names, so that its weights load into a stock one, and in eval
-    mode it gives the same output, up to rounding: see `InstanceNorm` and `FoldedUpBlock`.
+    Its parameters keep their names, so that its weights load into a network without hooks, which in eval mode gives the
+    same output. In training mode the network returns its output and the embedding of the loss.
 
     Args:
-        in_channels: channels of a scan.
-        out_channels: channels of the restored scan.
-        feature_size: C, width of the embedding, a multiple of 12.
-        local_mask_ratio: share of the embedding's channels to mask, see `LocalMasking`; 0 masks none.
-        local_mask_fill: "zeros" or "noise".
-        local_mask_shared: mask as published, see `SharedLocalMasking`.
-        full_resolution_skip: the last stage of a Swin UNETR's decoder sees the input image itself, and with local
-            masking alone the network can copy it. False puts zeros in the place of that skip and freezes `encoder1`.
-        kwargs: see `SwinUNETRVariant`, by default a plain `SwinUNETR`.
+        network: such as MONAI's `SwinUNETR`.
+        embedding: name of the submodule that gives the token embedding (B, C, d, h, w).
+        features: name of the submodule that gives the deepest features (B, C', d', h', w'), alone or as the last of
+            several.
+        masking: of the embedding, in training mode only; None masks nothing.
+        left_out_skip: name of a submodule whose output is replaced by zeros, and which is frozen. The last stage of a
+            Swin UNETR's decoder sees the input image by way of "encoder1", and with local masking alone the network can
+            copy it.
 
     Shapes:
-        image: (B, in_channels, D, H, W); D, H and W multiples of 32.
-        restored: (B, out_channels, D, H, W).
-        embedding (if asked for): (B, 16 * feature_size), the mean over space of the encoder's last hidden state.
+        image: as the network takes it.
+        in training mode: what the network gives, and (B, C'), the mean of the deepest features over space.
+        in eval mode: what the network gives.
 
     Raises:
-        ValueError: for sides that are no multiples of 32.
+        AttributeError: for a name that the network does not have.
 
     Randomness:
         see `LocalMasking`; in training mode only.
@@ -80,43 +44,33 @@ class DisruptiveAutoencoder(SwinUNETRVariant):
     Source:
         Valanarasu et al., "Disruptive Autoencoders", MIDL 2024.
     """
+    hooks = _Hooks(masking)
+    network.get_submodule(embedding).register_forward_hook(hooks.mask)
+    network.get_submodule(features).register_forward_hook(hooks.keep_features)
+    if left_out_skip is not None:
+        network.get_submodule(left_out_skip).requires_grad_(False).register_forward_hook(_zeros)
+    network.register_forward_hook(hooks.add_features)
+    return network
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        out_channels: int = 1,
-        feature_size: int = 48,
-        local_mask_ratio: float = 0.6,
-        local_mask_fill: str = "zeros",
-        local_mask_shared: bool = False,
-        full_resolution_skip: bool = True,
-        **kwargs,
-    ) -> None:
-        super().__init__(in_channels=in_channels, out_channels=out_channels, feature_size=feature_size, **kwargs)
-        # The embedding passes through the parameterless pos_drop before anything reads it: the seam for masking it.
-        masking = SharedLocalMasking if local_mask_shared else LocalMasking
-        self.swinViT.pos_drop = nn.Sequential(self.swinViT.pos_drop, masking(local_mask_ratio, local_mask_fill))
-        self.full_resolution_skip = full_resolution_skip
-        self.encoder1.requires_grad_(full_resolution_skip)
-        # The same modules with a quicker forward. At the deeper stages folding would cost more than it saves.
-        self.decoder1.__class__ = self.decoder2.__class__ = FoldedUpBlock
-        for module in self.modules():
-            if isinstance(module, nn.InstanceNorm3d) and not module.affine:
-                module.__class__ = InstanceNorm
 
-    def forward(
-        self, image: torch.Tensor, return_embedding: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        if not torch.jit.is_tracing():
-            self._check_input_size(image.shape[2:])
-        embedded, *hidden, deepest = self.swinViT(image, self.normalize)
-        skips = (hidden[2], self.encoder4(hidden[1]), self.encoder3(hidden[0]), self.encoder2(embedded))
-        x = self.encoder10(deepest)
-        for decoder, skip in zip((self.decoder5, self.decoder4, self.decoder3, self.decoder2), skips, strict=True):
-            x = decoder(x, skip)
-        if self.full_resolution_skip:
-            skip = self.encoder1(image)
-        else:
-            skip = x.new_zeros(x.shape[0], x.shape[1], *image.shape[2:])
-        restored = self.out(self.decoder1(x, skip))
-        return (restored, deepest.mean(dim=(2, 3, 4))) if return_embedding else restored
+class _Hooks:
+    """Hooks of one network; those of a copy of the network are copied with it."""
+
+    def __init__(self, masking: LocalMasking | None) -> None:
+        self.masking = masking
+        self.features: torch.Tensor | None = None
+
+    def mask(self, module: nn.Module, inputs: Any, embedding: torch.Tensor) -> torch.Tensor | None:
+        return self.masking(embedding) if self.masking is not None and module.training else None
+
+    def keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if module.training:
+            self.features = output if isinstance(output, torch.Tensor) else output[-1]
+
+    def add_features(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
+        features, self.features = self.features, None
+        return None if features is None else (output, features.mean(dim=tuple(range(2, features.ndim))))
+
+
+def _zeros(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(output)

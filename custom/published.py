@@ -69,7 +69,7 @@ class SharedLocalMasking(LocalMasking):
         return embedding * factor
 
 
-class SwinUNETRVariant(SwinUNETR):
+class PublishedSwinUNETR(SwinUNETR):
     """MONAI's `SwinUNETR`, with what the published networks do otherwise where it is switched on.
 
     The published pre-training network has all of it, and leaves hidden states as they are (`normalize=False`, an

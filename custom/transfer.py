@@ -1,56 +1,17 @@
 """Start a segmentation network from the weights of a pre-training."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from monai.networks.utils import copy_model_state
 from torch import nn
 
+from custom.engine.checkpoint import read_weights
 from custom.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
 PARTS = {"encoder": ("swinViT.", "encoder"), "decoder": ("decoder",), "both": ("swinViT.", "encoder", "decoder")}
-
-
-def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a network: a state dict, alone or under "model" (a run's state) or "state_dict".
-
-    Nothing but tensors and plain values is unpickled.
-
-    Raises:
-        BadInput: for a file that is missing, damaged or holds no weights.
-    """
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise BadInput(f"There is no checkpoint {checkpoint}; train first, or name another.") from error
-    except Exception as error:  # torch raises whatever the damage leads to
-        raise BadInput(
-            f"The checkpoint {checkpoint} can't be loaded, it is damaged or no PyTorch checkpoint: {str(error)[:200]}"
-        ) from error
-    weights = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise BadInput(f"The checkpoint {checkpoint} holds no network's weights; name a model.pt of a training.")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
-
-
-def load_weights(network: nn.Module, checkpoint: str | Path) -> nn.Module:
-    """Load all weights of a checkpoint into a network and return it.
-
-    Raises:
-        BadInput: as `read_weights`, and for weights of another network.
-    """
-    try:
-        network.load_state_dict(read_weights(checkpoint))
-    except RuntimeError as error:
-        raise BadInput(
-            f"The checkpoint {checkpoint} can't be loaded, it is of another network: {str(error)[:300]} Give the "
-            f"settings that it was trained with."
-        ) from error
-    return network
 
 
 def transfer(network: nn.Module, checkpoint: str | Path | None, parts: str = "both") -> dict[str, str]:

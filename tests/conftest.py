@@ -13,7 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.networks.nets import SwinUNETR
 
+from custom.masking import LocalMasking
+from custom.network import disruptive_autoencoder
+from custom.speed.blocks import use_quick_blocks
 from tests import preload
 from tools import datalist as datalist_tool
 from tools import phantom
@@ -112,6 +116,13 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real volumes at {folder}; name their folder with DAE_TEST_DATA")
     return folder
+
+
+def autoencoder(ratio: float = 0.6, skip: bool = True, feature_size: int = 12, **kwargs) -> SwinUNETR:
+    """The pre-training network as the bundle makes it, small by default."""
+    stock = SwinUNETR(in_channels=1, out_channels=1, feature_size=feature_size, **kwargs)
+    left_out = None if skip else "encoder1"
+    return use_quick_blocks(disruptive_autoencoder(stock, masking=LocalMasking(ratio), left_out_skip=left_out))
 
 
 def folders(path: Path) -> dict[str, Path]:

@@ -25,7 +25,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,11 @@ from scipy.stats import wilcoxon
 from tqdm import tqdm
 
 from custom.errors import BadInput
+from custom.files import read_json, write_json
+from custom.text import markdown_table
+from tools._cli import ROOT, tool
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = ROOT / "bundles"
 # What a pre-training overrides of the paper's, which is "all".
 METHODS: dict[str, dict[str, Any] | None] = {
     "scratch": None,
@@ -82,20 +85,6 @@ class Result(NamedTuple):
 def slug(method: str) -> str:
     """Return a method's name as that of a folder."""
     return method.replace(", ", " ").replace(" ", "_")
-
-
-def read_json(file: Path) -> dict:
-    """Read a JSON object.
-
-    Raises:
-        BadInput: for a file that can't be read, or holds something else.
-    """
-    try:
-        return dict(json.loads(file.read_text()))
-    except OSError as error:
-        raise BadInput(f"{file} can't be read ({error.strerror}).") from error
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{file} is not a JSON object: {error}.") from error
 
 
 def read_task(file: Path) -> dict[str, Any]:
@@ -245,9 +234,7 @@ def finish(folder: Path, arguments: list[str], threads: int) -> None:
         done = subprocess.run([sys.executable, *arguments], stdout=stream, stderr=stream, env=environment)
     if done.returncode:
         raise BadInput(f"A run has failed, see {log}: {''.join(log.read_text().strip().splitlines()[-1:])}")
-    beside = record.with_suffix(".part")
-    beside.write_text(json.dumps({"command": arguments, "seconds": time.monotonic() - started}, indent=4))
-    os.replace(beside, record)
+    write_json(record, {"command": arguments, "seconds": time.monotonic() - started})
     for state in folder.glob("checkpoint_*.pt"):  # nothing goes on from them, and they are most of the folder
         state.unlink()
 
@@ -302,31 +289,26 @@ def table(found: Sequence[Result]) -> str:
     cells = {(m, c): [r for r in found if r.run[:2] == (m, c)] for m, c, _ in (r.run for r in found)}
     methods = list(dict.fromkeys(result.run.method for result in found))
     counts = sorted({result.run.count for result in found})
-    lines = [
-        "| pre-training | " + " | ".join(f"{count} labels" for count in counts) + " |",
-        "|---" * (len(counts) + 1) + "|",
-    ]
+    means: list[list] = [["pre-training", *(f"{count} labels" for count in counts)]]
     for method in methods:
         row = [method]
         for count in counts:
-            means = [np.mean(list(result.dice.values())) for result in cells.get((method, count), [])]
-            row.append(f"{np.mean(means):.4f} ± {np.std(means):.4f} (n = {len(means)})" if means else "-")
-        lines.append("| " + " | ".join(row) + " |")
-    lines += [
-        "",
-        "| labels | " + OURS + " against | difference | of each seed | p, cases and seeds | p, cases |",
-        "|---|---|---|---|---|---|",
+            dice = [np.mean(list(result.dice.values())) for result in cells.get((method, count), [])]
+            row.append(f"{np.mean(dice):.4f} ± {np.std(dice):.4f} (n = {len(dice)})" if dice else "-")
+        means.append(row)
+    tests: list[list] = [
+        ["labels", f"{OURS} against", "difference", "of each seed", "p, cases and seeds", "p, cases"],
     ]
     for count in counts:
         for rival in RIVALS:
             ours, theirs = (cells.get((method, count), []) for method in (OURS, rival))
             if ours and len(ours) == len(theirs):
-                means = [{r.run.seed: np.mean(list(r.dice.values())) for r in side} for side in (ours, theirs)]
-                seeds = [means[0][seed] - means[1][seed] for seed in sorted(means[0])]
+                sides = [{r.run.seed: np.mean(list(r.dice.values())) for r in side} for side in (ours, theirs)]
+                seeds = [sides[0][seed] - sides[1][seed] for seed in sorted(sides[0])]
                 apart = ", ".join(f"{difference:+.3f}" for difference in seeds)
                 p = [p_value(ours, theirs, by_case) for by_case in (False, True)]
-                lines.append(f"| {count} | {rival} | {np.mean(seeds):+.4f} | {apart} | {p[0]:.2g} | {p[1]:.2g} |")
-    return "\n".join(lines) + "\n"
+                tests.append([count, rival, f"{np.mean(seeds):+.4f}", apart, f"{p[0]:.2g}", f"{p[1]:.2g}"])
+    return f"{markdown_table(means)}\n\n{markdown_table(tests)}\n"
 
 
 def draw(found: Sequence[Result], out: Path) -> None:
@@ -420,35 +402,18 @@ def benchmark(options: argparse.Namespace) -> None:
     print(f"Each run, table and pictures: {out}/runs.csv, table.md, dice_over_labels.png, learning_curves.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.benchmark",
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def arguments(add: Callable) -> None:
     add("task", type=Path, metavar="TASK.json", help="what to train on, see below")
     add("out", type=Path, metavar="OUT", help="folder of the runs")
     add("--section", default="validation", choices=("validation", "testing"), help="to evaluate on (%(default)s)")
-    add(
-        "--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME", help=f"of {list(METHODS)} (all)"
-    )
+    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME",
+        help=f"of {list(METHODS)} (all)")  # fmt: skip
     add("--counts", type=int, nargs="+", metavar="N", help="numbers of labelled cases (the task's)")
     add("--seeds", type=int, nargs="+", metavar="N", help="(the task's)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (%(default)s)")
-    try:
-        benchmark(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("benchmark: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    except BadInput as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
-    return 0
 
+
+main = tool("benchmark", __doc__, arguments, benchmark, "the same command goes on from here")
 
 if __name__ == "__main__":
     sys.exit(main())

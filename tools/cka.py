@@ -11,12 +11,10 @@ OUT: cka.csv, cka.md, cka.png. As the paper's analysis of what fine-tuning chang
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
 import csv
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,10 +25,12 @@ from monai.networks.nets import SwinUNETR
 from monai.transforms import RandSpatialCropSamplesd, SpatialPadd
 from tqdm import tqdm
 
-from custom.data import read_datalist
-from custom.errors import BadInput, sentence
+from custom.data.datalist import read_datalist
+from custom.engine.config_check import check_patch_size
+from custom.errors import BadInput
 from custom.published import AxisPermutation
-from custom.workflow import check_patch_size
+from custom.text import markdown_table
+from tools._cli import tool
 from tools.weights import BLOCK, convert, read, recognise
 
 DECODERS = ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1")  # in the order in which they are called
@@ -96,7 +96,7 @@ def cka(x: torch.Tensor, y: torch.Tensor) -> float:
     return (hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()).item()
 
 
-def load(bundle: str, checkpoint: str, settings: Iterable[tuple[str, Any]] = ()) -> tuple[SwinUNETR, ConfigParser]:
+def load(bundle: str, checkpoint: str, settings: Mapping[str, Any] | None = None) -> tuple[SwinUNETR, ConfigParser]:
     """Make a bundle's network with the weights of a checkpoint, of the size that they are of.
 
     Args:
@@ -118,9 +118,11 @@ def load(bundle: str, checkpoint: str, settings: Iterable[tuple[str, Any]] = ())
         source = recognise(weights)
         parser.read_config([str(file) for file in files[: 1 + source.repeats_octants]])
         feature_size, channels = source.stem.shape[:2]
-        sizes = {"feature_size": feature_size, "in_channels": channels, "network_def#in_channels": channels}
-        sizes |= {"network_def#out_channels": source.classes, "network_def#block_embedding": BLOCK in source.tensors}
-        for name, value in {"disruptions": [], **sizes, **dict(settings)}.items():
+        sizes: dict[str, Any] = {"feature_size": feature_size, "in_channels": channels}
+        for network_id in ("network_def", "network_def#network"):
+            sizes |= {f"{network_id}#in_channels": channels, f"{network_id}#out_channels": source.classes}
+            sizes[f"{network_id}#block_embedding"] = BLOCK in source.tensors
+        for name, value in {"disruptions": [], **sizes, **(settings or {})}.items():
             if name in parser:
                 parser[name] = value
         if not source.classes:
@@ -175,12 +177,10 @@ def compare(networks: Sequence[SwinUNETR], images: Iterable[torch.Tensor], posit
 
 
 def table(rows: Iterable[Row]) -> str:
-    """Markdown, aligned so that it reads well as it is."""
-    cells = [[name.replace("_", " ") for name in Row._fields]]
-    cells += [[*map(str, row[:-1]), f"{row.cka:.3f}"] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells)
+    """Return the rows as Markdown."""
+    return markdown_table(
+        [[name.replace("_", " ") for name in Row._fields], *([*row[:-1], f"{row.cka:.3f}"] for row in rows)]
+    )
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
@@ -206,18 +206,18 @@ def run(options: argparse.Namespace) -> None:
         raise BadInput(f"--crops is at least 1, got {options.crops}.")
     bundles = options.bundle, options.other_bundle or options.bundle
     checkpoints = options.checkpoint, options.other
-    loaded = [load(*pair, options.set) for pair in zip(bundles, checkpoints, strict=True)]
+    loaded = [load(*pair, options.ids) for pair in zip(bundles, checkpoints, strict=True)]
     networks, parsers = zip(*loaded, strict=True)
-    for name, _ in options.set:
+    for name in options.ids:
         if not any(name in parser for parser in parsers):
-            raise BadInput(f"--set {name}: neither bundle's inference config has this id.")
+            raise BadInput(f"--{name}: neither bundle's inference config has this id.")
     channels = [parser["network_def#in_channels"] for parser in parsers]
     if channels[0] != channels[1]:
         raise BadInput(f"The networks take {channels[0]} and {channels[1]} input channels, but have to see the same.")
     if len({any(isinstance(part, AxisPermutation) for part in network.modules()) for network in networks}) > 1:
         raise BadInput(
             "One network permutes the axes of its embedding, as published, and the other does not, so that their "
-            "positions are not the same; --set permuted_axes=False compares without it, as the fine-tuning starts."
+            "positions are not the same; --permuted_axes False compares without it, as the fine-tuning starts."
         )
     parser = parsers[0]
     patch_size = options.patch_size or parser["patch_size"]
@@ -246,24 +246,7 @@ def run(options: argparse.Namespace) -> None:
     print("Next: the same with a --checkpoint trained from scratch; what that shares with --other is not inherited.")
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """Split ID=VALUE and evaluate the value, as `monai.bundle` does."""
-    name, _, value = text.partition("=")
-    with contextlib.suppress(ValueError, SyntaxError):
-        return name, ast.literal_eval(value)
-    return name, value
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.cka",
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def arguments(add: Callable) -> None:
     add("out", metavar="OUT", help="folder to write to")
     add("--bundle", required=True, metavar="DIR", help="bundle of --checkpoint; its preprocessing is that of both")
     add("--checkpoint", required=True, metavar="FILE", help="weights of the one network")
@@ -277,21 +260,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--patch_size", type=int, nargs=3, metavar="N", help="of a crop, in voxels (the bundle's)")
     add("--samples", type=int, default=20000, metavar="N", help="positions of a stage, at most, in all (%(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of crops and positions (%(default)s)")
-    add("--set", type=setting, action="append", default=[], metavar="ID=VALUE", help="an id of the bundles' "
-        "inference configs that a training had otherwise, such as 'pixdim_mm=[1,1,1]'; may be repeated")  # fmt: skip
-    try:
-        run(parser.parse_args(argv))
-    except KeyboardInterrupt:
-        print("cka: stopped, nothing was written.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        said = str(error) if isinstance(error, OSError) else sentence(error)  # MONAI wraps what a transform raises
-        if said is None:
-            raise
-        print(f"cka: {said}", file=sys.stderr)
-        return 2
-    return 0
 
+
+main = tool("cka", __doc__, arguments, run, takes_ids=True)
 
 if __name__ == "__main__":
     sys.exit(main())

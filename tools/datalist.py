@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import glob
-import gzip
 import hashlib
 import io
 import json
@@ -22,40 +20,32 @@ import os
 import re
 import shlex
 import signal
-import stat
 import sys
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 from tqdm import tqdm
+
+from custom.errors import BadInput
+from custom.files import write_json, write_text
+from custom.text import did_you_mean
+from tools._cli import say, tool
+from tools.datalist_check import FileReport, inspect_file
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
 SUFFIXES = (".nii", ".nii.gz")
 NEXT_COMMAND = "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1}"
 VALIDATION = 0.05  # share held out if neither --validation nor --folds is given
-SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
-DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
 CONTRAST_NAMES = (*MODALITIES, "t1c", "t1gd", "t1n", "t1w", "t2f", "t2w")
 CHANNEL = re.compile(r"_000\d$")  # "_0000", "_0001": one channel of a patient
 SHOWN = 5  # file names printed per kind of refusal
 SHOWN_IDS = 50  # label ids printed; a scan taken for a label has thousands
-
-
-class DatalistError(ValueError):
-    """A mistake in what was asked; its text is one sentence for the user."""
-
-
-class Refusal(ValueError):
-    """Why one file is not listed, as "kind" or "kind: detail"."""
 
 
 @dataclass(frozen=True, order=True)
@@ -68,154 +58,17 @@ class Scan:
     label: str = ""
 
 
-@dataclass(frozen=True)
-class FileReport:
-    """What a check found: shape in voxels, spacing in mm, reason of a refusal ("" when accepted), ids of the label."""
-
-    path: str
-    shape: tuple[int, ...] = ()
-    spacing: tuple[float, ...] = ()
-    reason: str = ""
-    ids: tuple[int, ...] = ()
-
-
-def inspect_file(path: str | os.PathLike[str], headers_only: bool = False, label: str = "") -> FileReport:
-    """Check that one file is a 3D scan that training can read, and that its label, if it has one, fits.
-
-    Args:
-        path: a .nii or .nii.gz file.
-        headers_only: trust the voxels, which saves reading (and decompressing) them.
-        label: file with an id (whole number) per voxel of the scan; "" for none.
-
-    Returns:
-        Shape (voxels), spacing (mm), reason of a refusal, ids of the label. Never raises for a bad file.
-    """
-    found: dict[str, tuple] = {}
-    where = ""
-    try:
-        with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
-            affine = _check(os.fspath(path), headers_only, found)
-            if label:
-                where, its = f"label: {label}: ", {}
-                shift = _check(label, headers_only, its, is_label=True) - affine
-                if its["shape"][:3] != found["shape"][:3]:
-                    raise Refusal(f"shape {its['shape'][:3]} is not that of its scan, {found['shape'][:3]}")
-                corners = [(*np.multiply(corner, found["shape"][:3]), 1) for corner in np.ndindex(2, 2, 2)]
-                apart_mm = np.linalg.norm(corners @ shift.T, axis=1).max()
-                if apart_mm > min(found["spacing"]) / 2:  # what training refuses too
-                    raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from its scan's")
-                found["ids"] = its.get("ids", ())
-        where = reason = ""
-    except Refusal as refusal:
-        reason = str(refusal)
-    except FileNotFoundError:
-        where, reason = (f"no label: {label}", "") if where else ("", "missing file or dangling link")
-    except PermissionError:
-        reason = "permission denied"
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        reason = f"truncated or corrupted: {error}"
-    except Exception as error:  # whatever a hostile header provokes (MemoryError too) concerns this file only
-        reason = f"unreadable: {type(error).__name__} {error}"
-    return FileReport(os.fspath(path), **found, reason=where + " ".join(reason.split()))
-
-
-def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: bool = False) -> np.ndarray:
-    """Raise for a file that is not to be listed, else return its affine; put what is known of it into `found`."""
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise Refusal("a folder, not a file")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise Refusal("not a regular file")
-    if not status.st_size:
-        raise Refusal("empty file")
-    packed = path.lower().endswith(".gz")
-    with gzip.open(path) if packed else open(path, "rb") as stream:
-        try:
-            block = stream.read(540)
-        except gzip.BadGzipFile as error:
-            raise Refusal(f"not a NIfTI file: {error}") from None
-        if block[344:347] != b"n+1" and block[4:7] != b"n+2":
-            raise Refusal("not a NIfTI file: its header has no n+1 or n+2 mark")
-        try:
-            image = nib.load(path)
-        except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
-            raise Refusal(f"bad header: {error}") from None
-        if type(image) not in (nib.Nifti1Image, nib.Nifti2Image):  # surfaces (CIFTI) share the file name
-            raise Refusal(f"not a 3D volume: {type(image).__name__}")
-
-        voxels = image.dataobj
-        found["shape"] = tuple(int(n) for n in image.shape)
-        if len(image.shape) != 3 and (len(image.shape) != 4 or image.shape[3] != 1):
-            raise Refusal(f"not a 3D volume: {len(image.shape)} dimensions")
-        if min(image.shape[:3]) < 2:
-            raise Refusal("not a 3D volume: an axis has fewer than 2 voxels")
-        if voxels.dtype.kind not in "iuf":  # colour is structured, complex is "c"
-            raise Refusal(f"voxel type: {'complex' if voxels.dtype.kind == 'c' else 'colour'}, not one number")
-
-        # nibabel silently turns a zero pixdim into 1 mm, so look at the header as it was written.
-        header = type(image.header)(block[: image.header.sizeof_hdr], check=False)
-        pixdim = np.asarray(header["pixdim"][1:4], float)
-        if not (np.isfinite(pixdim) & (pixdim > 0)).all():
-            raise Refusal(f"bad spacing: {' x '.join(f'{p:g}' for p in pixdim)} mm")
-        columns = image.affine[:3, :3]
-        spacing = np.linalg.norm(columns, axis=0)  # what resampling in training goes by
-        # The limits are those of training (custom.data.LoadScand): resampling would fill the memory.
-        sensible = ((spacing > 0.01) & (spacing < 100)).all() and np.isfinite(image.affine).all()
-        if not sensible or not abs(np.linalg.det(columns / spacing)) > 1e-6:
-            raise Refusal("bad affine: singular, not finite, or voxels outside of 0.01 to 100 mm")
-        found["spacing"] = tuple(float(f"{s:.5g}") for s in spacing)
-
-        if voxels.offset < header.sizeof_hdr:
-            raise Refusal("bad header: voxels would start inside it")
-        size = math.prod(found["shape"]) * voxels.dtype.itemsize
-        if voxels.offset + size > status.st_size * (DEFLATE_RATIO if packed else 1):
-            raise Refusal(f"truncated or corrupted: {status.st_size} bytes cannot hold {size} bytes of voxels")
-        if not headers_only:
-            stream.seek(voxels.offset)
-            telling = np.unique if is_label else lambda slab: (slab.min(), slab.max())  # scaling is monotone
-            slabs = map(telling, _slabs(stream, voxels.dtype, size))
-            values = reduce(np.union1d, slabs, np.array([], voxels.dtype)).astype(float)
-            values = np.float32(values * float(voxels.slope) + float(voxels.inter))  # what training turns them into
-            if is_label:
-                bad = values[~((values >= 0) & (values < np.inf) & (values == np.floor(values)))]
-                if bad.size:
-                    raise Refusal(f"a voxel is {bad[0]:g}, not a whole number from 0 on")
-                found["ids"] = tuple(sorted(set(map(int, values))))
-            elif not np.isfinite(values).all():
-                raise Refusal("NaN or infinite voxels")
-            elif values.min() == values.max():
-                raise Refusal(f"constant voxels: all are {values[0]:g}")
-        return image.affine
-
-
-def _slabs(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> Iterator[np.ndarray]:
-    """Read `size` bytes of stored voxels front to back; each slab overwrites the one before."""
-    buffer = memoryview(bytearray(min(size, SLAB_BYTES)))
-    total = size
-    while size:
-        want = filled = min(size, SLAB_BYTES)
-        while filled and (got := stream.readinto(buffer[want - filled : want])):
-            filled -= got
-        if filled:
-            raise Refusal(f"truncated or corrupted: {size - want + filled} bytes of voxels are missing")
-        yield np.frombuffer(buffer[:want], dtype)
-        size -= want
-    # At its end gzip compares a checksum; damage may put the end off, a bomb must not do so for ever.
-    while stream.read(1 << 20) and stream.tell() < 2 * total + (64 << 20):
-        pass
-
-
 def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
     """List the scans of one SOURCE of the command line: `modality=path`, or `path` of a Decathlon JSON.
 
     Raises:
-        DatalistError: unknown modality, missing path, no file there, or a JSON that is no Decathlon list.
+        BadInput: unknown modality, missing path, no file there, or a JSON that is no Decathlon list.
     """
     name, sign, path = source.partition("=")
     if not sign or "/" in name:  # a path may hold "=" too
         name, path = "", source
     if not path:
-        raise DatalistError(f"'{source}' names no path.")
+        raise BadInput(f"'{source}' names no path.")
     if name:
         _known(name, modalities, f"'{source}'")
     path = os.path.abspath(os.path.expanduser(path))  # the shell leaves the ~ of ct=~/data alone
@@ -223,12 +76,12 @@ def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
         found = _decathlon(Path(path), name, modalities)
         root = os.path.dirname(path)
     elif not name:
-        raise DatalistError(f"'{source}' needs a modality: write modality={source}.")
+        raise BadInput(f"'{source}' needs a modality: write modality={source}.")
     else:
         root, files = _files(path, source)
         found = [(file, name, "") for file in files]
     if not found:
-        raise DatalistError(f"'{source}' has no .nii or .nii.gz file.")
+        raise BadInput(f"'{source}' has no .nii or .nii.gz file.")
     return [Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), label) for file, kind, label in found]
 
 
@@ -237,9 +90,8 @@ def _known(name: object, modalities: Iterable[str], where: str) -> str:
     known = list(modalities)
     if name in known:
         return str(name)
-    close = difflib.get_close_matches(str(name).lower(), known, 1)
-    hint = f" (did you mean '{close[0]}'?)" if close else ""
-    raise DatalistError(f"{where}: unknown modality '{name}'{hint}; known are {', '.join(known)}, or use --modalities.")
+    hint = did_you_mean(name, known)
+    raise BadInput(f"{where}: unknown modality '{name}'{hint} Known are {', '.join(known)}, or use --modalities.")
 
 
 def _files(path: str, source: str) -> tuple[str, list[str]]:
@@ -248,10 +100,10 @@ def _files(path: str, source: str) -> tuple[str, list[str]]:
         return path, _walk(path)
     if os.path.lexists(path):
         if not path.lower().endswith(SUFFIXES):
-            raise DatalistError(f"'{source}' is neither a folder nor a .nii, .nii.gz or .json file.")
+            raise BadInput(f"'{source}' is neither a folder nor a .nii, .nii.gz or .json file.")
         return os.path.dirname(path), [path]
     if not glob.has_magic(path):
-        raise DatalistError(f"'{source}' does not exist.")
+        raise BadInput(f"'{source}' does not exist.")
     root = path
     while glob.has_magic(root):
         root = os.path.dirname(root)
@@ -284,22 +136,22 @@ def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tup
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DatalistError(f"{path} cannot be read as JSON: {error}.") from None
+        raise BadInput(f"{path} cannot be read as JSON: {error}.") from None
     found = []
     for key in ("training", "validation", "test"):
         entries = lists.get(key, []) if isinstance(lists, dict) else None
         if not isinstance(entries, list):
-            raise DatalistError(f"{path} is not a Decathlon data list: '{key}' is not a list.")
+            raise BadInput(f"{path} is not a Decathlon data list: '{key}' is not a list.")
         for number, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {"image": entry}
             image, own, label = entry.get("image"), entry.get("modality"), entry.get("label")
             where = f"{path}, '{key}' entry {number}"
             if not isinstance(image, str) or not image or "\0" in image:
-                raise DatalistError(f"{where} has no 'image' that is one file name.")
+                raise BadInput(f"{where} has no 'image' that is one file name.")
             if label is not None and (not isinstance(label, str) or "\0" in label):
-                raise DatalistError(f"{where} has a 'label' that is not one file name: mend it or take it out.")
+                raise BadInput(f"{where} has a 'label' that is not one file name: mend it or take it out.")
             if not modality and own is None:
-                raise DatalistError(f"{where} has no 'modality': add it, or write modality={path}.")
+                raise BadInput(f"{where} has no 'modality': add it, or write modality={path}.")
             label = os.path.abspath(path.parent / label) if label else ""
             found.append((os.path.abspath(path.parent / image), modality or _known(own, modalities, where), label))
     return found
@@ -311,7 +163,7 @@ def add_labels(scans: Iterable[Scan], pairs: list[str]) -> list[Scan]:
     Files that are the label of another scan are left out. Without pairs, no further scan gets a label.
 
     Raises:
-        DatalistError: a pair has no FROM, a FROM is not in a path, or a label is the scan itself.
+        BadInput: a pair has no FROM, a FROM is not in a path, or a label is the scan itself.
     """
     found: list[tuple[Scan, str]] = []  # with what is wrong, which is no error if the file proves to be a label
     for scan in scans:
@@ -319,7 +171,7 @@ def add_labels(scans: Iterable[Scan], pairs: list[str]) -> list[Scan]:
         for pair in [] if scan.label else pairs:
             old, sign, new = pair.partition("=")
             if not old or not sign:
-                raise DatalistError(f"--labels '{pair}' is not of the form FROM=TO.")
+                raise BadInput(f"--labels '{pair}' is not of the form FROM=TO.")
             if old not in label and not wrong:
                 wrong = f"--labels '{pair}': no '{old}' to replace in {scan.path}; mend the pair or narrow the sources."
             label = os.path.abspath(new.join(label.rsplit(old, 1)))
@@ -330,7 +182,7 @@ def add_labels(scans: Iterable[Scan], pairs: list[str]) -> list[Scan]:
     labels = {os.path.realpath(scan.label) for scan, wrong in found if scan.label and not wrong}
     found = [(scan, wrong) for scan, wrong in found if os.path.realpath(scan.path) not in labels]
     if mistakes := [wrong for _, wrong in found if wrong]:
-        raise DatalistError(mistakes[0])
+        raise BadInput(mistakes[0])
     return [scan for scan, _ in found]
 
 
@@ -338,7 +190,7 @@ def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
     """Sort scans and part them into those to keep and further names (links, spellings) of the same files.
 
     Raises:
-        DatalistError: one file is given under two modalities or with two labels.
+        BadInput: one file is given under two modalities or with two labels.
     """
     by_file: dict[str, list[Scan]] = {}
     for scan in sorted(scans, key=lambda scan: (not scan.label, scan)):  # of two names, that with a label is kept
@@ -347,9 +199,9 @@ def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
         for other in others:
             both = first.path if first.path == other.path else f"{first.path} (also {other.path})"
             if other.modality != first.modality:
-                raise DatalistError(f"{both} is given both as {first.modality} and as {other.modality}.")
+                raise BadInput(f"{both} is given both as {first.modality} and as {other.modality}.")
             if other.label and os.path.realpath(other.label) != os.path.realpath(first.label):
-                raise DatalistError(f"{both} is given with two labels, {first.label} and {other.label}: leave out one.")
+                raise BadInput(f"{both} is given with two labels, {first.label} and {other.label}: leave out one.")
     return sorted(s[0] for s in by_file.values()), sorted(scan for same in by_file.values() for scan in same[1:])
 
 
@@ -362,18 +214,18 @@ def group_keys(scans: Iterable[Scan], pattern: str | None = None, modalities: It
         modalities: names that end a contrast's file name, in addition to the usual ones.
 
     Raises:
-        DatalistError: the pattern is no regular expression or does not match a file.
+        BadInput: the pattern is no regular expression or does not match a file.
     """
     if pattern is not None:
         try:
             regex = re.compile(pattern)
         except re.error as error:
-            raise DatalistError(f"--group '{pattern}' is not a regular expression: {error}.") from None
+            raise BadInput(f"--group '{pattern}' is not a regular expression: {error}.") from None
         keys = {}
         for scan in scans:
             match = regex.search(Path(scan.path).as_posix())
             if match is None or match[min(1, regex.groups)] is None:
-                raise DatalistError(f"--group '{pattern}' does not match {scan.path}.")
+                raise BadInput(f"--group '{pattern}' does not match {scan.path}.")
             keys[scan] = match[min(1, regex.groups)]
         return keys
     names = "|".join(map(re.escape, sorted({*CONTRAST_NAMES, *modalities})))
@@ -436,7 +288,7 @@ def check_files(scans: list[Scan], headers_only: bool, workers: int) -> list[Fil
             inspect = partial(_inspect_unless_stopped, headers_only=headers_only)
             return list(bar(pool.map(inspect, scans, chunksize=max(1, min(16, len(scans) // (4 * workers))))))
         except BrokenProcessPool:
-            raise DatalistError("A checking process was ended from outside (memory?): use fewer --workers.") from None
+            raise BadInput("A checking process was ended from outside (memory?): use fewer --workers.") from None
         finally:
             stop.set()  # after Ctrl-C the pool waits for what its workers have begun: no more than a file each
 
@@ -451,22 +303,6 @@ def _start_worker(stop: Event) -> None:
 def _inspect_unless_stopped(scan: Scan, headers_only: bool) -> FileReport:
     stopped = FileReport(scan.path, reason="stopped")
     return stopped if _stop.is_set() else inspect_file(scan.path, headers_only, scan.label)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def _say(text: str, to: io.TextIOBase | None = None) -> None:
-    """Print, whatever characters a file name has and whatever the terminal can show."""
-    to = to or sys.stdout
-    print(text.encode(to.encoding or "ascii", "backslashreplace").decode(to.encoding or "ascii"), file=to)
 
 
 def _span(rows: list[tuple[float, ...]]) -> str:
@@ -492,42 +328,42 @@ def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan]) -
         table.append((modality, str(sides["training"]), str(sides["validation"]), *spans, total))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table if len(table) > 1 else ():
-        _say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     if labelled := [report.ids for _, report, _ in rows if report.ids]:
         ids = [str(number) for number in sorted(set().union(*labelled))]
         more = f" ... {ids[-1]}" if len(ids) > SHOWN_IDS else ""
-        _say(f"labels found: {' '.join(ids[:SHOWN_IDS])}{more} (in {len(labelled)} scans)")
+        say(f"labels found: {' '.join(ids[:SHOWN_IDS])}{more} (in {len(labelled)} scans)")
     if twice:
-        _say(f"Given more than once, listed once: {len(twice)}{_few([scan.path for scan in twice])}")
+        say(f"Given more than once, listed once: {len(twice)}{_few([scan.path for scan in twice])}")
     refused = defaultdict(list)
     for scan, report, _ in rows:
         if report.reason:
             kind, _, detail = report.reason.partition(": ")
             refused[kind].append(f"{scan.path} ({detail})" if detail else scan.path)
     for kind, names in sorted(refused.items(), key=lambda item: (-len(item[1]), item[0])):
-        _say(f"Refused, {kind}: {len(names)}{_few(names)}")
+        say(f"Refused, {kind}: {len(names)}{_few(names)}")
 
 
 def build(options: argparse.Namespace) -> None:
     """Collect, check, split and write.
 
     Raises:
-        DatalistError: wrong arguments, or no file was accepted; nothing is written then.
+        BadInput: wrong arguments, or no file was accepted; nothing is written then.
     """
     out = Path(os.path.abspath(options.out))
     if out.suffix != ".json" or out.is_dir() or not out.parent.is_dir():
-        raise DatalistError(f"'{options.out}' must be a .json file in a folder that exists.")
+        raise BadInput(f"'{options.out}' must be a .json file in a folder that exists.")
     if not os.access(out.parent, os.W_OK):
-        raise DatalistError(f"'{out.parent}' cannot be written to.")
+        raise BadInput(f"'{out.parent}' cannot be written to.")
     share = VALIDATION if options.validation is None else options.validation
     if not 0 <= share < 1:
-        raise DatalistError(f"--validation must be at least 0 and less than 1, not {share}.")
+        raise BadInput(f"--validation must be at least 0 and less than 1, not {share}.")
     if options.folds is not None and (options.folds < 2 or options.validation is not None):
-        raise DatalistError("--folds must be at least 2 and, as fold 0 is held out, come without --validation.")
+        raise BadInput("--folds must be at least 2 and, as fold 0 is held out, come without --validation.")
     if options.workers < 1:
-        raise DatalistError(f"--workers must be at least 1, not {options.workers}.")
+        raise BadInput(f"--workers must be at least 1, not {options.workers}.")
     if any(os.path.realpath(s.partition("=")[2] or s) == os.path.realpath(out) for s in options.source):
-        raise DatalistError(f"'{options.out}' is also a source and would be overwritten.")
+        raise BadInput(f"'{options.out}' is also a source and would be overwritten.")
 
     def name(path: str) -> str:
         return Path(path).relative_to(out.parent).as_posix() if Path(path).is_relative_to(out.parent) else path
@@ -548,9 +384,9 @@ def build(options: argparse.Namespace) -> None:
     rows = [(scan, report, sides.get(scan, "")) for scan, report in zip(scans, reports, strict=True)]
     _print_report(rows, twice)
     if not groups:
-        raise DatalistError(f"None of the {len(scans)} files can be used, so nothing was written.")
+        raise BadInput(f"None of the {len(scans)} files can be used, so nothing was written.")
     if len(groups) < (options.folds or 0):
-        raise DatalistError(f"--folds {options.folds} is more than the {len(groups)} groups (patients): use fewer.")
+        raise BadInput(f"--folds {options.folds} is more than the {len(groups)} groups (patients): use fewer.")
 
     lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
     for scan in sorted(accepted, key=lambda scan: name(scan.path)):
@@ -573,21 +409,18 @@ def build(options: argparse.Namespace) -> None:
     for scan in twice:
         writer.writerow((name(scan.path), name(scan.label), scan.modality, "", "", "", "duplicate", "listed once"))
     report_file = out.with_name(f"{out.stem}_report.csv")
-    _write(report_file, table.getvalue())
-    _write(out, json.dumps({"name": out.stem, "description": about, "seed": options.seed, **lists}, indent=2) + "\n")
+    write_text(report_file, table.getvalue())
+    write_json(out, {"name": out.stem, "description": about, "seed": options.seed, **lists})
     if 0 < bare < len(accepted):
-        _say(f"Note: {bare} of {len(accepted)} scans have no label, so this is no list for segmentation.")
+        say(f"Note: {bare} of {len(accepted)} scans have no label, so this is no list for segmentation.")
     labels = sum("label" in Path(scan.place).parent.as_posix().lower() for scan in scans)
     if labels:
-        _say(f"Note: {labels} files lie in folders named like labels; are they scans?")
-    _say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
-    _say(NEXT_COMMAND.format(f"bundles/{bundle}", shlex.quote(str(out))))
+        say(f"Note: {labels} files lie in folders named like labels; are they scans?")
+    say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
+    say(NEXT_COMMAND.format(f"bundles/{bundle}", shlex.quote(str(out))))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
-    parser = argparse.ArgumentParser(prog="python -m tools.datalist", description=__doc__.partition("\n")[0])
-    add: Callable = parser.add_argument
+def arguments(add: Callable) -> None:
     add("out", metavar="OUT.json", help="data list to write; OUT_report.csv beside it gets one row per file")
     add("source", metavar="SOURCE", nargs="+", help="modality=path: a folder, a quoted pattern (** goes into folders), "
         "a file, or a Decathlon JSON, which needs no 'modality=' if its entries have a modality")  # fmt: skip
@@ -603,16 +436,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     known = f"all allowed names ({' '.join(MODALITIES)}); pre-training needs a JSON entry for each further one"
     add("--modalities", nargs="+", default=MODALITIES, metavar="NAME", help=known)
-    try:
-        build(parser.parse_args(argv))
-    except (DatalistError, OSError) as error:
-        _say(f"datalist: {error}", sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _say("datalist: stopped, nothing was written.", sys.stderr)
-        return 130
-    return 0
 
+
+main = tool("datalist", __doc__, arguments, build)
 
 if __name__ == "__main__":
     sys.exit(main())

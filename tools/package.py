@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,16 @@ import numpy as np
 from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 
-from custom.workflow import walk
+from custom.engine.config_check import walk
+from custom.errors import BadInput
+from custom.files import read_json, replacing, write_json
 from tools import phantom
+from tools._cli import ROOT, bundles, tool
 from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, quiet, sample_networks
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
+BUNDLES = ROOT / "bundles"
 # Of a bundle's folder; what runs and caches leave in it, and whatever else lies there, is not packaged.
 CONTENT = ("LICENSE", "configs", "custom", "datalist.json", "docs")
-
-
-def read(file: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(file.read_text())
-
-
-def write(file: Path, content: Any) -> None:
-    """Write a JSON file as the bundles' are written."""
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content, indent=4) + "\n")
 
 
 def inference_ids(config: dict[str, Any]) -> set[str]:
@@ -66,13 +59,15 @@ def apply(overrides: dict[str, Any], folder: Path) -> None:
     Taken over is what inference must have as the training had it: see `inference_ids`. Paths, the machine and how the
     weights were learnt are not among it.
     """
-    inference = read(folder / "configs/inference.json")
+    inference = read_json(folder / "configs/inference.json")
     needed = inference_ids(inference)
     for name in ("train", "inference"):
-        config = ConfigParser(read(folder / f"configs/{name}.json"))
+        config = ConfigParser(read_json(folder / f"configs/{name}.json"))
         config.update({id: value for id, value in overrides.items() if ReferenceResolver.split_id(id)[0] in needed})
-        write(folder / f"configs/{name}.json", {key: value for key, value in config.get().items() if key != "_meta_"})
-    inference, metadata = read(folder / "configs/inference.json"), read(folder / "configs/metadata.json")
+        write_json(
+            folder / f"configs/{name}.json", {key: value for key, value in config.get().items() if key != "_meta_"}
+        )
+    inference, metadata = read_json(folder / "configs/inference.json"), read_json(folder / "configs/metadata.json")
     data = metadata["network_data_format"]
     image, pred = data["inputs"]["image"], data["outputs"]["pred"]
     image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
@@ -85,28 +80,28 @@ def apply(overrides: dict[str, Any], folder: Path) -> None:
         pred |= {"num_channels": len(labels), "channel_def": classes}
         metadata["label_classes"] = "one channel, " + ", ".join(f"{number}: {name}" for number, name in classes.items())
         metadata["pred_classes"] = f"{len(labels)} channels of the network, turned into one of ids by argmax"
-    write(folder / "configs/metadata.json", metadata)
+    write_json(folder / "configs/metadata.json", metadata)
 
 
 def provenance(run: Path, name: str) -> dict[str, Any]:
     """Return how a run was started last.
 
     Raises:
-        ValueError: for a folder that is no finished training of the bundle.
+        BadInput: for a folder that is no finished training of the bundle.
     """
     for file in ("run.json", "metrics.jsonl", "models/model.pt"):
         if not (run / file).is_file():
-            raise ValueError(f"{run} is no finished training, it has no {file}; name its --output_dir.")
-    start = read(run / "run.json")[-1]
+            raise BadInput(f"{run} is no finished training, it has no {file}; name its --output_dir.")
+    start = read_json(run / "run.json", list)[-1]
     if start["bundle"] != name:
-        raise ValueError(f"{run} is a training of {start['bundle']}, not of {name}.")
+        raise BadInput(f"{run} is a training of {start['bundle']}, not of {name}.")
     return start
 
 
 def metrics(run: Path, folder: Path) -> dict[str, Any]:
     """Return the lines of a run's metrics at its best validation, the weights' own, and at its end."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    config = ConfigParser(read(folder / "configs/train.json"))
+    config = ConfigParser(read_json(folder / "configs/train.json"))
     key = next(iter(config["validate#key_metric"]))
     better = operator.gt
     if "validate#evaluator#metric_cmp_fn" in config:
@@ -120,7 +115,7 @@ def add_weights(run: Path, folder: Path) -> None:
     """Put the weights of a training into a bundle, as they are and as TorchScript, with what they come from.
 
     Raises:
-        ValueError: see `provenance`.
+        BadInput: see `provenance`.
     """
     start = provenance(run, folder.name)
     apply(start["overrides"], folder)
@@ -130,7 +125,7 @@ def add_weights(run: Path, folder: Path) -> None:
         for id, value in start["overrides"].items()
         if not any(isinstance(text, str) and os.path.isabs(text) for _, text in walk(value))
     }
-    write(folder / "docs/training.json", {**start, "metrics": metrics(run, folder)})
+    write_json(folder / "docs/training.json", {**start, "metrics": metrics(run, folder)})
     models = folder / "models"
     models.mkdir()
     shutil.copyfile(run / "models/model.pt", models / "model.pt")
@@ -140,7 +135,7 @@ def add_weights(run: Path, folder: Path) -> None:
     export += ["--config_file", "configs/inference.json", "--use_trace", "True"]
     done = subprocess.run(export, cwd=folder, capture_output=True, text=True)
     if done.returncode != 0:
-        raise ValueError(f"{run / 'models/model.pt'} can't be exported: {done.stderr.strip().splitlines()[-1]}")
+        raise BadInput(f"{run / 'models/model.pt'} can't be exported: {done.stderr.strip().splitlines()[-1]}")
     strip(models / "model.ts")
 
 
@@ -162,7 +157,7 @@ def add_sample(folder: Path) -> None:
     """
     sample = folder / "sample"
     sample.mkdir()
-    inference, metadata = (read(folder / f"configs/{name}.json") for name in ("inference", "metadata"))
+    inference, metadata = (read_json(folder / f"configs/{name}.json") for name in ("inference", "metadata"))
     is_ct = "CT" in metadata["network_data_format"]["inputs"]["image"]["modality"]
     draw = phantom.abdomen_ct if is_ct else phantom.fetal_head
     scan, *_ = draw(0, phantom.MIN_SHAPE)
@@ -175,7 +170,7 @@ def add_sample(folder: Path) -> None:
     np.save(sample / "expected.npy", expected)
     # Another processor or version of torch rounds otherwise, by less than this; other weights are off by far more.
     tolerance = float(f"{1e-3 * np.abs(expected).max():.2g}")
-    write(sample / "sample.json", {"overrides": overrides, "tolerance": tolerance})
+    write_json(sample / "sample.json", {"overrides": overrides, "tolerance": tolerance})
 
 
 def move_out(folder: Path, prefix: str, output: Path, url: str) -> None:
@@ -212,12 +207,12 @@ def build(bundle: Path, output: Path, run: Path | None = None, weights_url: str 
         the zip.
 
     Raises:
-        ValueError: for a folder that is no bundle, or no training of it.
+        BadInput: for a folder that is no bundle, or no training of it.
     """
     if not (bundle / "configs/metadata.json").is_file():
-        raise ValueError(f"{bundle} is no bundle, it has no configs/metadata.json.")
+        raise BadInput(f"{bundle} is no bundle, it has no configs/metadata.json.")
     name = bundle.resolve().name
-    prefix = f"{name}_v{read(bundle / 'configs/metadata.json')['version']}"
+    prefix = f"{name}_v{read_json(bundle / 'configs/metadata.json')['version']}"
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, name)
@@ -236,8 +231,8 @@ def build(bundle: Path, output: Path, run: Path | None = None, weights_url: str 
         write_sums(folder, files(folder))
         package = output / f"{prefix}.zip"
         members = {f"{name}/{file}": path.read_bytes() for file, path in files(folder).items()}
-        zip_up(members, package.with_suffix(".part"))
-        os.replace(package.with_suffix(".part"), package)
+        with replacing(package) as part:
+            zip_up(members, part)
     return package
 
 
@@ -249,50 +244,44 @@ def write_sums(folder: Path, named: dict[str, Path]) -> None:
 def index(packages: list[Path], output: Path, source: str) -> None:
     """Write the packages into `model_info.json` and their SHA-256 into `SHA256SUMS`, beside those that stand there."""
     file = output / "model_info.json"
-    content = read(file) if file.is_file() else {}
+    content = read_json(file) if file.is_file() else {}
     for package in packages:
         url = f"{source.rstrip('/')}/{package.name}" if source else package.name
         content[package.stem] = {"checksum": digest(package, "sha1"), "source": url}
-    write(file, dict(sorted(content.items())))
+    write_json(file, dict(sorted(content.items())))
     released = {path.name: path for name in content for path in output.glob(f"{name}[._]*")}
     write_sums(output, released)
 
 
-@quiet()
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 (one sentence on stderr says why)."""
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.package",
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def arguments(add: Callable) -> None:
     add("bundles", nargs="*", metavar="BUNDLE", help="name or folder; all by default")
     add("--run", type=Path, metavar="DIR", help="--output_dir of a finished training of the one BUNDLE")
-    add("--output", type=Path, metavar="DIR", default="dist", help="folder to write to (%(default)s)")
+    add("--output", type=Path, metavar="DIR", default=Path("dist"), help="folder to write to (%(default)s)")
     add("--source", default="", metavar="URL", help="where the zips will be, for model_info.json")
     add("--weights_url", metavar="URL", help="where the weights will be: they are left out of the zip, written beside "
         "it, and named in its large_files.yml")  # fmt: skip
-    options = parser.parse_args(argv)
-    bundles = [BUNDLES / name if (BUNDLES / name).is_dir() else Path(name) for name in options.bundles]
-    bundles = bundles or sorted(path.parents[1] for path in BUNDLES.glob("*/configs/metadata.json"))
-    try:
-        if options.run is not None and len(bundles) != 1:
-            raise ValueError("--run is a training of one bundle; name it.")
-        if options.weights_url is not None and options.run is None:
-            raise ValueError("--weights_url is for the weights of a --run.")
-        packages = [build(bundle, options.output, options.run, options.weights_url) for bundle in bundles]
-        index(packages, options.output, options.source)
-    except (ValueError, OSError) as error:
-        print(f"package: {error}", file=sys.stderr)
-        return 2
+
+
+@quiet()
+def run(options: argparse.Namespace) -> None:
+    """Build the packages and print the next command.
+
+    Raises:
+        BadInput: for wrong arguments, and see `build`.
+    """
+    folders = [BUNDLES / name if (BUNDLES / name).is_dir() else Path(name) for name in options.bundles] or bundles()
+    if options.run is not None and len(folders) != 1:
+        raise BadInput("--run is a training of one bundle; name it.")
+    if options.weights_url is not None and options.run is None:
+        raise BadInput("--weights_url is for the weights of a --run.")
+    packages = [build(folder, options.output, options.run, options.weights_url) for folder in folders]
+    index(packages, options.output, options.source)
     for package in packages:
         print(f"{package}: {package.stat().st_size / 1e6:.1f} MB")
     print(f"Next: python -m tools.verify {' '.join(map(str, packages))}")
-    return 0
 
+
+main = tool("package", __doc__, arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,13 +12,17 @@ import argparse
 import gzip
 import json
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 from tqdm import tqdm
+
+from custom.errors import BadInput
+from tools._cli import tool
 
 KINDS = ("ct", "fetal", "brain")  # the position is the kind's random stream: append, never reorder
 CONTRASTS = ("t1", "t1ce", "t2", "flair")
@@ -227,7 +231,7 @@ class _Canvas:
 def _check(subject: int, shape: int, seed: int) -> None:
     for name, value, low in (("subject", subject, 0), ("shape", shape, MIN_SHAPE), ("seed", seed, 0)):
         if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}.")
+            raise BadInput(f"{name} must be at least {low}, got {value}.")
 
 
 def abdomen_ct(subject: int, shape: int = 96, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -243,7 +247,7 @@ def abdomen_ct(subject: int, shape: int = 96, seed: int = 0) -> tuple[np.ndarray
         4 x 4 voxel-to-world matrix in mm (float64).
 
     Raises:
-        ValueError: If an argument is below its minimum.
+        BadInput: If an argument is below its minimum.
     """
     _check(subject, shape, seed)
     rng = np.random.default_rng([seed, KINDS.index("ct"), subject])
@@ -442,7 +446,7 @@ def fetal_head(subject: int, shape: int = 96, seed: int = 0) -> tuple[np.ndarray
         0 to 7) and the 4 x 4 RAS+ voxel-to-world matrix in mm (float64).
 
     Raises:
-        ValueError: If an argument is below its minimum.
+        BadInput: If an argument is below its minimum.
     """
     _check(subject, shape, seed)
     rng = np.random.default_rng([seed, KINDS.index("fetal"), subject])
@@ -463,7 +467,7 @@ def brain(subject: int, shape: int = 96, seed: int = 0) -> tuple[dict[str, np.nd
         0, head 1 to about 2000) and the 4 x 4 RAS+ voxel-to-world matrix in mm (float64) they share.
 
     Raises:
-        ValueError: If an argument is below its minimum.
+        BadInput: If an argument is below its minimum.
     """
     _check(subject, shape, seed)
     rng = np.random.default_rng([seed, KINDS.index("brain"), subject])
@@ -491,16 +495,16 @@ def write(out_dir: str | Path, subjects: int = 6, shape: int = 96, seed: int = 0
         kinds: Any of ``ct``, ``fetal`` and ``brain``.
 
     Raises:
-        ValueError: If an argument is out of range, or ``out_dir`` is not a folder.
+        BadInput: If an argument is out of range, or ``out_dir`` is not a folder.
     """
     out_dir = Path(out_dir)
     if subjects < 1:
-        raise ValueError(f"subjects must be at least 1, got {subjects}.")
+        raise BadInput(f"subjects must be at least 1, got {subjects}.")
     _check(0, shape, seed)
     if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
+        raise BadInput(f"kinds must be among {', '.join(KINDS)}, got {', '.join(sorted(unknown))}.")
     if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f"{out_dir} is a file; give a folder to write to.")
+        raise BadInput(f"{out_dir} is a file; give a folder to write to.")
 
     for kind, subject in tqdm(
         [(k, s) for k in dict.fromkeys(kinds) for s in range(subjects)], "drawing", unit="subject"
@@ -533,37 +537,22 @@ def write(out_dir: str | Path, subjects: int = 6, shape: int = 96, seed: int = 0
         (out_dir / kind / "dataset.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line.
+def arguments(add: Callable) -> None:
+    add("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
+    add("--subjects", type=int, default=6, help="subjects of each kind (%(default)s)")
+    add("--shape", type=int, default=96, help=f"voxels along each axis, at least {MIN_SHAPE} (%(default)s)")
+    add("--seed", type=int, default=0, help="another seed draws other subjects (%(default)s)")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to draw (all)")
 
-    Args:
-        argv: Arguments, by default those of the process.
 
-    Raises:
-        SystemExit: With code 2 and one sentence on stderr if the arguments are wrong.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.phantom",
-        description="Draw a small synthetic data set: labelled abdominal CT (BTCV ids), labelled fetal T2 MRI "
-        "(FeTA ids) and brain MRI in four contrasts. The same arguments always give the same files.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("out_dir", type=Path, metavar="OUT_DIR", help="folder to write to")
-    parser.add_argument("--subjects", type=int, default=6, help="subjects of each kind")
-    parser.add_argument("--shape", type=int, default=96, help=f"voxels along each axis, at least {MIN_SHAPE}")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other subjects")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="what to draw")
-    args = parser.parse_args(argv)
-    try:
-        write(args.out_dir, args.subjects, args.shape, args.seed, args.kinds)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-
-    out, sources = args.out_dir, []
+def run(options: argparse.Namespace) -> None:
+    """Draw, and print what was drawn and the next command."""
+    write(options.out_dir, options.subjects, options.shape, options.seed, options.kinds)
+    out, sources = options.out_dir, []
     folders = {"ct": ["ct"], "fetal": ["t2"], "brain": []}
-    for kind in dict.fromkeys(args.kinds):
+    for kind in dict.fromkeys(options.kinds):
         extra = "" if kind == "brain" else ", labels and dataset.json"
-        print(f"{out / kind}: {args.subjects} subjects of {args.shape}^3 voxels, images{extra}")
+        print(f"{out / kind}: {options.subjects} subjects of {options.shape}^3 voxels, images{extra}")
         sources += [f"{modality}={out / kind / 'images'}" for modality in folders[kind]]
         if kind == "brain":
             sources += [f"{contrast}={out / kind / 'images' / f'*_{contrast}.nii.gz'}" for contrast in CONTRASTS]
@@ -571,5 +560,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("  " + shlex.join(["python", "-m", "tools.datalist", str(out / "datalist.json"), *sources]))
 
 
+main = tool("phantom", __doc__, arguments, run)
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

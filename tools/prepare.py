@@ -15,7 +15,7 @@ import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from custom.errors import BadInput, sentence
-from custom.store import Stored
-from custom.workflow import check_ids, declared_ids
-from tools.cka import setting
+from custom.data.store import Stored
+from custom.engine.config_check import check_ids, declared_ids
+from custom.errors import BadInput, user_message
+from tools._cli import tool
 
 SECTIONS = ("train", "validate")
 
@@ -49,7 +49,7 @@ class Preparation(Dataset):
         except Exception as error:
             if isinstance(error, OSError):  # the store's disk is full: no other case will do better
                 raise BadInput(f"The store {stored.store} can't be written: {error}.") from error
-            return True, sentence(error) or f"{item['case']}: {type(error).__name__}: {error}"
+            return True, user_message(error) or f"{item['case']}: {type(error).__name__}: {error}"
 
 
 def work_of(parser: ConfigParser) -> list[tuple[Stored, dict]]:
@@ -98,20 +98,17 @@ def alone(store: Path) -> Iterator[None]:
         yield
 
 
-def run(options: argparse.Namespace, others: Sequence[str]) -> None:
+def run(options: argparse.Namespace) -> None:
     """Prepare what is missing, and print a report and the next command.
 
     Raises:
         BadInput: for wrong arguments, or a case that fails without --skip; what was done stays.
     """
-    if len(others) % 2 or not all(name.startswith("--") for name in others[::2]):
-        raise BadInput(f"Ids come as pairs, such as --pixdim_mm '[2,2,2]', got {shlex.join(others)}.")
     own = {"datalist": os.path.abspath(options.datalist), "store": os.path.abspath(options.store)}
-    settings = dict(setting(f"{name[2:]}={value}") for name, value in zip(others[::2], others[1::2], strict=True))
     with alone(Path(options.store)):
-        work = work_of(read_config(Path(options.bundle), {**settings, **own}))
+        work = work_of(read_config(Path(options.bundle), {**options.ids, **own}))
         if not work:
-            raise BadInput(f"{options.bundle} reads nothing from a store: it has no custom.store.Stored.")
+            raise BadInput(f"{options.bundle} reads nothing from a store: it has no custom.data.store.Stored.")
         for part in Path(options.store).glob("*.part"):  # of a run that was killed
             part.unlink()
         done, failed = prepare(work, min(options.processes, len(work)), options.skip)
@@ -119,9 +116,9 @@ def run(options: argparse.Namespace, others: Sequence[str]) -> None:
     print(f"{done} prepared, {len(work) - done - len(failed)} were there, {len(failed)} failed; {size / 1e9:.3g} GB.")
     print("".join(f"Left out: {why}\n" for why in failed) + "Next:")
     skip = ["--bad_cases", "skip"] if failed else []
-    given = [text for name, value in own.items() for text in (f"--{name}", value)]
+    given = [text for name, value in {**own, **options.ids}.items() for text in (f"--{name}", str(value))]
     config = ["--config_file", f"{options.bundle}/configs/train.json", "--bundle_root", options.bundle]
-    print(shlex.join(["python", "-m", "monai.bundle", "run", *config, *given, *others, *skip]))
+    print(shlex.join(["python", "-m", "monai.bundle", "run", *config, *given, *skip]))
 
 
 def prepare(work: Sequence[tuple[Stored, dict]], processes: int, skip: bool) -> tuple[int, list[str]]:
@@ -133,46 +130,31 @@ def prepare(work: Sequence[tuple[Stored, dict]], processes: int, skip: bool) -> 
     torch.set_num_threads(1)
     loader: Iterable = DataLoader(Preparation(work), None, num_workers=processes, in_order=False)
     done, failed = 0, []
-    for new, why in tqdm(loader, "preparing", len(work), unit="case"):
-        if why and not skip:
-            raise BadInput(f"{why} (With --skip such a case is left out; what was done is kept.)")
-        done += new and not why
-        failed += [why] if why else []
+    try:
+        for new, why in tqdm(loader, "preparing", len(work), unit="case"):
+            if why and not skip:
+                raise BadInput(f"{why} (With --skip such a case is left out; what was done is kept.)")
+            done += new and not why
+            failed += [why] if why else []
+    except RuntimeError as error:
+        if "killed by signal" not in str(error):
+            raise
+        raise BadInput(
+            "A process was killed, perhaps for want of memory; the same command goes on, with fewer --processes."
+        ) from error
     return done, failed
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.prepare",
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
+def arguments(add: Callable) -> None:
     add("datalist", metavar="LIST.json", help="data list, as the training's --datalist")
     add("store", metavar="STORE", help="folder to write to, made if missing; the training's --store")
     add("--bundle", required=True, metavar="DIR", help="whose training is to read the store")
     add("--skip", action="store_true", help="leave out a case that fails, and say so; else it ends the run")
     add("--processes", type=int, default=os.cpu_count(), metavar="N", help="at work (%(default)s); each holds a volume "
         "several times over, so that fewer need less memory")  # fmt: skip
-    try:
-        run(*parser.parse_known_args(argv))
-    except KeyboardInterrupt:
-        print("prepare: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    except Exception as error:
-        said = sentence(error)
-        if said is None and "DataLoader worker" in str(error):
-            said = "a process was killed, perhaps for want of memory; the same command goes on, with fewer --processes."
-        if said is None:
-            raise
-        print(f"prepare: {said}", file=sys.stderr)
-        return 2
-    return 0
 
+
+main = tool("prepare", __doc__, arguments, run, "the same command goes on from here", takes_ids=True)
 
 if __name__ == "__main__":
     sys.exit(main())

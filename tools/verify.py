@@ -3,8 +3,8 @@
     python -m tools.verify [BUNDLE or ZIP ...]
 
 One line each, `ok` or `FAILED` with a sentence; all bundles by default. Nothing is downloaded, and `custom` is that of
-the bundle: where this file and metadata_schema.json are all there is of the repository, `python verify.py ZIP` does it.
-Configs and modules of a bundle are code, which is run: verify only what you trust.
+the bundle: this folder is all that is needed of the repository, by `python path/to/tools verify ZIP`. Configs and
+modules of a bundle are code, which is run: verify only what you trust.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
 
 import jsonschema
@@ -30,6 +30,8 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.data import load_net_with_metadata
 from monai.networks import convert_to_torchscript
+
+from tools._cli import bundles, tool
 
 CONFIGS = ("train", "evaluate", "inference", "multi_gpu_train")
 REQUIRED = (
@@ -176,7 +178,7 @@ def based(config: Path) -> list[str]:
 
 def check_ids(folder: Path) -> None:
     """Raise ValueError for an id that nothing uses, or an argument that a component does not have."""
-    from custom.workflow import check_ids, unused_ids  # of the bundle
+    from custom.engine.config_check import check_ids, unused_ids  # of the bundle
 
     for config in sorted(folder.glob("configs/*.json")):
         try:
@@ -364,23 +366,15 @@ def verify(target: Path) -> None:
             check(folder)
 
 
+def arguments(add: Callable) -> None:
+    add("targets", type=Path, nargs="*", metavar="BUNDLE or ZIP", help="all of bundles/ by default")
+
+
 @quiet()
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, or 1 when one has failed."""
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.verify",
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("targets", type=Path, nargs="*", metavar="BUNDLE or ZIP", help="all of bundles/ by default")
-    all_bundles = sorted(path.parents[1] for path in Path(__file__).parents[1].glob("bundles/*/configs/metadata.json"))
-    targets = parser.parse_args(argv).targets or all_bundles
-    if not targets:
-        parser.error("there is no folder bundles/ here; name bundles or zips.")
+def run(options: argparse.Namespace) -> int:
+    """Verify, and print a line for each; return 1 when one has failed."""
     failed = False
-    for target in targets:
+    for target in options.targets or bundles():
         try:
             verify(target)
             print(f"{target}: ok")
@@ -390,6 +384,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{target}: FAILED: {kind}{' '.join(str(error).split())[:500]}")
     return int(failed)
 
+
+main = tool("verify", __doc__, arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,16 +18,18 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from monai.networks.nets import SwinUNETR
 
+from custom.engine.checkpoint import read_weights
 from custom.errors import BadInput
-from custom.published import SwinUNETRVariant
-from custom.transfer import read_weights
+from custom.files import replacing
+from custom.published import PublishedSwinUNETR
+from tools._cli import tool
 
 STEM = "swinViT.patch_embed.proj."
 BLOCK = f"{STEM}conv1.conv.weight"  # of the published patch embedding; MONAI's has STEM + "weight"
@@ -182,7 +184,7 @@ def network_for(source: Source, stock: bool) -> SwinUNETR:
     """Make the network that weights are for: of their size, and with their patch embedding unless `stock`."""
     feature_size, in_channels = source.stem.shape[:2]
     size = {"feature_size": feature_size, "in_channels": in_channels, "out_channels": source.classes or 1}
-    return SwinUNETR(**size) if stock else SwinUNETRVariant(**size, block_embedding=BLOCK in source.tensors)
+    return SwinUNETR(**size) if stock else PublishedSwinUNETR(**size, block_embedding=BLOCK in source.tensors)
 
 
 def convert(source: Source, network: SwinUNETR) -> tuple[dict[str, torch.Tensor], list[Row]]:
@@ -306,12 +308,8 @@ def run(options: argparse.Namespace) -> None:
                 for (came, value), name in zip(weights.items(), source.tensors, strict=True)
             ]
         content = weights if key is None else {key: weights}
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, draft)
-        os.replace(draft, out)
-    finally:
-        draft.unlink(missing_ok=True)
+    with replacing(out) as part:
+        torch.save(content, part)
     print(f"Recognised: {source}.", *rows, sep="\n")
     print(", ".join(f"{count} {status}" for status, count in Counter(row.status for row in rows).items()) + ".")
     if checkpoint.others:
@@ -324,38 +322,16 @@ def run(options: argparse.Namespace) -> None:
     print(f"Weights: {out}\nNext:\n{next_step(source, options.to, out)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.weights",
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def arguments(add: Callable) -> None:
     add("source", metavar="SOURCE", help="weights: a state dict, bare or under 'model' or 'state_dict'")
-    add(
-        "out", metavar="OUT", help="file to write; weights for a bundle are given to it as --pretrained or --checkpoint"
-    )
-    add(
-        "--to",
-        choices=("ours", "stock", "published"),
-        default="ours",
-        help="ours: as they are, for the networks of the bundles (%(default)s); stock: for MONAI's SwinUNETR; "
-        "published: with the names that they had or, for this project's own, that the authors' code loads",
-    )
+    add("out", metavar="OUT", help="file to write, for a bundle's --pretrained or --checkpoint")
+    add("--to", choices=("ours", "stock", "published"), default="ours", help="ours: as they are, for the networks of "
+        "the bundles (%(default)s); stock: for MONAI's SwinUNETR; published: with the names that they had or, for this "
+        "project's own, that the authors' code loads")  # fmt: skip
     add("--feature_size", type=int, metavar="N", help="refuse weights of another feature size")
-    try:
-        run(parser.parse_args(argv))
-    except (BadInput, OSError) as error:
-        print(f"weights: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("weights: stopped, nothing was written.", file=sys.stderr)
-        return 130
-    return 0
 
+
+main = tool("weights", __doc__, arguments, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from custom.data import LoadScand
-from custom.errors import BadInput, sentence
-from custom.network import DisruptiveAutoencoder
-from tests.conftest import SEGMENTATION, monai_bundle
+from custom.data.loading import LoadScand
+from custom.errors import BadInput, user_message
+from tests.conftest import SEGMENTATION, autoencoder, monai_bundle
 
 
 def write(path, array) -> str:
@@ -116,7 +115,7 @@ def test_bad_overrides(override, expected, tmp_path, small_list):
 def test_bad_checkpoints(kind, configs, tmp_path, small_list, phantoms):
     path = tmp_path / "model.pt"
     if kind != "missing":
-        torch.save(DisruptiveAutoencoder(feature_size=24).state_dict(), path)
+        torch.save(autoencoder(feature_size=24).state_dict(), path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:100_000])
     scan = {"dataset_dir": phantoms / "ct" / "images"} if configs == ("inference",) else {"datalist": small_list}
@@ -173,8 +172,8 @@ def test_the_sentence_survives_wrapping():
         except BadInput as error:
             raise RuntimeError("applying transform") from error
     except RuntimeError as error:
-        assert sentence(error) == "the file is bad"
-    assert sentence(ValueError("another error")) is None
+        assert user_message(error) == "the file is bad"
+    assert user_message(ValueError("another error")) is None
 
 
 def labelled(tmp_path, label=None, affine=None, **entry) -> dict:
@@ -199,7 +198,7 @@ def no_label(path) -> dict:
 
 
 def other_size(path) -> str:
-    torch.save(DisruptiveAutoencoder(feature_size=24).state_dict(), path)
+    torch.save(autoencoder(feature_size=24).state_dict(), path)
     return str(path)
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom.network import DisruptiveAutoencoder
-from tests.conftest import PRETRAINING, SMALL, TORCHRUN, folders, metrics, monai_bundle, overrides
+from tests.conftest import PRETRAINING, SMALL, TORCHRUN, autoencoder, folders, metrics, monai_bundle, overrides
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def test_training_leaves_weights_metrics_and_pictures(trained):
     for line in lines:
         assert line["loss"] == pytest.approx(line["reconstruction"] + 0.05 * line["contrastive"], rel=1e-4)
     weights = torch.load(trained / "models" / "model.pt", weights_only=True)
-    DisruptiveAutoencoder(feature_size=12).load_state_dict(weights)
+    autoencoder().load_state_dict(weights)
     assert list(trained.glob("pictures/*.png"))
 
 
@@ -116,7 +115,7 @@ def test_two_processes_train_and_write_once(small_list, tmp_path):
     assert line["iteration"] == 1  # two samples over two processes
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
-    DisruptiveAutoencoder(feature_size=12).load_state_dict(weights)
+    autoencoder().load_state_dict(weights)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ import json
 import pytest
 import torch
 
-from custom.network import DisruptiveAutoencoder
-from custom.resume import is_whole
+from custom.engine.checkpoint import is_whole
 from tests.bundles.test_bad_input import noise, not_a_number, spoken, write
-from tests.conftest import PRETRAINING, SEGMENTATION, folders, metrics, monai_bundle
+from tests.conftest import PRETRAINING, SEGMENTATION, autoencoder, folders, metrics, monai_bundle
 from tools import prepare
 
 
@@ -52,7 +51,7 @@ def test_bad_cases_are_left_out_of_training_told_once_and_counted(options, scans
 def test_a_bad_case_is_never_left_out_of_validation_evaluation_or_inference(scans, tmp_path):
     more = scans("validation")
     (tmp_path / "models").mkdir()
-    torch.save(DisruptiveAutoencoder(feature_size=12).state_dict(), tmp_path / "models" / "model.pt")
+    torch.save(autoencoder().state_dict(), tmp_path / "models" / "model.pt")
     folder = {"dataset_dir": tmp_path, "modality": "ct", **folders(tmp_path)}
     for done in (
         monai_bundle("train", max_epochs=1, **more),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from ignite.engine import Engine
 
+from custom.engine.resume import RunState
 from custom.errors import BadInput
-from custom.resume import RunState
 from tests.bundles.test_bad_input import spoken
 from tests.conftest import PRETRAINING, SEGMENTATION, SMALL, monai_bundle
 from tools import cka, package, verify, weights

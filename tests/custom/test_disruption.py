@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Compose
 
-from custom.disruption import Disrupt, Disruptd, mask_cubes
+from custom.disruption import Disrupt, DisruptBatch, Disruptd, mask_cubes, prepare_restoration
 from custom.errors import BadInput
 
 
@@ -98,7 +100,7 @@ def test_the_original_is_untouched_and_the_meta_data_kept():
 def test_dictionary_and_array_agree_and_are_reproducible(seed):
     image = torch.rand(1, 16, 16, 16)
     names = ["noise", "downsampling", "token_masking"]
-    results = [Disruptd("image", disruptions=names).set_random_state(seed)({"image": image})["image"] for _ in range(2)]
+    results = [Disruptd("image", Disrupt(names)).set_random_state(seed)({"image": image})["image"] for _ in range(2)]
     assert torch.equal(*results)
     assert torch.equal(results[0], seeded(seed, disruptions=names)(image))
 
@@ -106,7 +108,7 @@ def test_dictionary_and_array_agree_and_are_reproducible(seed):
 def test_compose_seeds_it():
     results = []
     for seed in (5, 5, 6):
-        pipeline = Compose([Disruptd("image")])
+        pipeline = Compose([Disruptd("image", Disrupt())])
         pipeline.set_random_state(seed)
         results.append(pipeline({"image": torch.zeros(1, 8, 8, 8)})["image"])
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
@@ -114,10 +116,47 @@ def test_compose_seeds_it():
 
 def test_a_case_seed_makes_the_disruption_a_function_of_the_case():
     image = torch.zeros(1, 8, 8, 8)
-    disrupt = Disruptd("image", case_seed=0)
+    disrupt = Disruptd("image", Disrupt(), case_seed=0)
     a, b = {"image": image, "case": "a"}, {"image": image, "case": "b"}
     first = [disrupt(case)["image"] for case in (a, b)]
     again = [disrupt(case)["image"] for case in (b, a)]
     assert torch.equal(first[0], again[1]) and torch.equal(first[1], again[0])
     assert not torch.equal(first[0], first[1])
-    assert not torch.equal(first[0], Disruptd("image", case_seed=1)(a)["image"])
+    assert not torch.equal(first[0], Disruptd("image", Disrupt(), case_seed=1)(a)["image"])
+
+
+def test_modalities_of_a_batch_are_numbered_by_name():
+    batch = {"image": torch.rand(3, 1, 2, 2, 2), "modality": ["ct", "t1", "ct"]}
+    first, second, third = DisruptBatch(Disrupt([]))(batch, torch.device("cpu"))[1]["modality"].tolist()
+    assert first == third != second
+
+
+def test_restoration_is_evaluated_against_the_original():
+    batch = {"image": torch.zeros(1, 1, 2, 2, 2), "original": torch.ones(1, 1, 2, 2, 2)}
+    assert [part.mean().item() for part in prepare_restoration(batch, torch.device("cpu"))] == [0, 1]
+
+
+def test_a_batch_is_disrupted_as_the_global_seed_says_and_keeps_its_originals():
+    prepare, images = DisruptBatch(Disrupt(["noise"])), torch.rand(2, 1, 16, 16, 16)
+    results = []
+    for seed in (0, 0, 1):
+        np.random.seed(seed)
+        batch = {"image": images, "modality": ["ct", "t1"]}
+        image, target, *_ = prepare(batch, torch.device("cpu"))
+        assert torch.equal(target["image"], images) and target["modality"].shape == (2,)
+        assert batch["image"] is image and batch["original"] is target["image"]  # what a NaN is looked for in
+        noise = image - images
+        assert noise.std().item() == pytest.approx(0.1**0.5, rel=0.05) and not torch.equal(noise[0], noise[1])
+        results.append(noise)
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_a_batch_is_flipped_along_any_axis_and_restored_as_flipped():
+    image = torch.rand(1, 4, 4, 4)
+    flips = [axes for count in range(4) for axes in combinations((1, 2, 3), count)]
+    np.random.seed(0)
+    batch = {"image": image.expand(400, -1, -1, -1, -1), "modality": ["ct"] * 400}
+    flipped, target, *_ = DisruptBatch(Disrupt([]), flip_probability=0.5)(batch, torch.device("cpu"))
+    assert torch.equal(flipped, target["image"]) and type(flipped) is torch.Tensor
+    counts = [sum(torch.equal(one, image.flip(axes)) for one in flipped) for axes in flips]
+    assert sum(counts) == 400 and min(counts) > 25  # of 50 each

@@ -8,14 +8,14 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from custom.loss import DisruptiveLoss
-from custom.network import DisruptiveAutoencoder
+from tests.conftest import autoencoder
 
 PARTS = {"reconstruction": 0.0, "reconstruction and contrastive": 50.0}
 
 
 def gradients(network, images, targets, contrastive_weight: float) -> dict[str, torch.Tensor]:
     network.zero_grad()
-    prediction = network(images, return_embedding=True)
+    prediction = network(images)
     DisruptiveLoss(contrastive_weight)(prediction, targets).backward()
     return {name.removeprefix("module."): p.grad.clone() for name, p in network.named_parameters()}
 
@@ -26,11 +26,11 @@ def batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     return images + 0.1, {"image": images, "modality": torch.tensor([4, 9])}
 
 
-def network() -> DisruptiveAutoencoder:
+def network() -> torch.nn.Module:
     """In float64, because two voxels at the bottleneck amplify rounding; the contrastive loss itself is in float32."""
     torch.manual_seed(0)
     # No local masking: two processes would draw other masks than one.
-    return DisruptiveAutoencoder(feature_size=12, local_mask_ratio=0).double()
+    return autoencoder(0).double()
 
 
 def process(rank: int, folder: str) -> None:

@@ -14,10 +14,10 @@ from ignite.engine import Engine
 from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 
+from custom.engine.checkpoint import load_weights
 from custom.errors import BadInput
-from custom.network import DisruptiveAutoencoder
-from custom.published import AxisPermutation, RepeatedOctantMerging, SharedLocalMasking, SwinUNETRVariant
-from custom.transfer import load_weights
+from custom.network import disruptive_autoencoder
+from custom.published import AxisPermutation, PublishedSwinUNETR, RepeatedOctantMerging, SharedLocalMasking
 from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, monai_bundle
 from tools import weights as weights_tool
 
@@ -140,7 +140,7 @@ def test_inference_by_the_command_line_gives_the_published_output(seed, converte
     assert abs(restored.mean(dtype=float) - expected["mean"]) < 1e-5
 
 
-@pytest.mark.parametrize("switch", [{"network_def__repeated_octants": False}, {"network_def__normalize": True}])
+@pytest.mark.parametrize("switch", [{"network_def__network__repeated_octants": False}, {"network_def__network__normalize": True}])
 def test_without_a_switch_the_outputs_are_others(switch, converted):
     model = load_weights(declared("pretrain_fs12", **switch), converted("pretrain_fs12", "0"))
     assert differences(model, "pretrain_fs12", "0", "denoise")[0] > 1e-3
@@ -148,12 +148,12 @@ def test_without_a_switch_the_outputs_are_others(switch, converted):
 
 def test_without_any_switch_it_is_the_stock_network():
     networks = []
-    for make in (SwinUNETR, SwinUNETRVariant):
+    for make in (SwinUNETR, PublishedSwinUNETR):
         torch.manual_seed(0)
         networks.append(make(in_channels=1, out_channels=2, feature_size=12))
     stock, variant = (network.state_dict() for network in networks)
     assert list(stock) == list(variant) and all(torch.equal(stock[name], variant[name]) for name in stock)
-    assert repr(networks[0]) == repr(networks[1]).replace("SwinUNETRVariant", "SwinUNETR")
+    assert repr(networks[0]) == repr(networks[1]).replace("PublishedSwinUNETR", "SwinUNETR")
 
 
 def test_merging_takes_two_octants_twice_and_two_never():
@@ -174,9 +174,9 @@ def test_the_permutation_is_the_published_view_of_flattened_tokens():
 def masked_embeddings(permuted_axes: bool) -> torch.Tensor:
     """What a published pre-training network masks of an embedding, in its own axes (B, C, D, H, W)."""
     torch.manual_seed(0)
-    network = DisruptiveAutoencoder(
-        feature_size=12, block_embedding=True, permuted_axes=permuted_axes, local_mask_shared=True
-    ).train()
+    switches = {"block_embedding": True, "permuted_axes": permuted_axes}
+    stock = PublishedSwinUNETR(in_channels=1, out_channels=1, feature_size=12, **switches)
+    network = disruptive_autoencoder(stock, masking=SharedLocalMasking(0.6)).train()
     with torch.no_grad():
         masked = network.swinViT.pos_drop(network.swinViT.patch_embed(torch.rand(2, 1, 24, 24, 24))) == 0
     return masked.permute(0, 4, 1, 2, 3) if permuted_axes else masked

@@ -4,9 +4,10 @@ import pytest
 import torch
 from monai.networks.nets import SwinUNETR
 
+from custom.engine.checkpoint import load_weights, read_weights
 from custom.errors import BadInput
-from custom.network import DisruptiveAutoencoder
-from custom.transfer import load_weights, read_weights, transfer
+from custom.transfer import transfer
+from tests.conftest import autoencoder
 
 ENCODER = ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.")
 DECODER = ("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5.")
@@ -16,7 +17,7 @@ DECODER = ("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5.")
 def pretrained(tmp_path_factory):
     """Weights of a pre-training network in which every value differs from an initial one, also biases and norms."""
     torch.manual_seed(0)
-    state = DisruptiveAutoencoder(feature_size=12).state_dict()
+    state = autoencoder().state_dict()
     floats = {name: torch.randn_like(value) for name, value in state.items() if value.is_floating_point()}
     path = tmp_path_factory.mktemp("pretrained") / "model.pt"
     torch.save({**state, **floats}, path)
@@ -102,7 +103,7 @@ class Code:
 
 
 def test_bad_checkpoints_are_refused_and_leave_the_network(pretrained, tmp_path):
-    torch.save(DisruptiveAutoencoder(feature_size=24).state_dict(), tmp_path / "larger.pt")
+    torch.save(autoencoder(feature_size=24).state_dict(), tmp_path / "larger.pt")
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     torch.save({"epoch": 3}, tmp_path / "none.pt")
     torch.save({"model": Code(tmp_path / "written")}, tmp_path / "code.pt")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from custom.engine.checkpoint import read_weights
 from custom.errors import BadInput
-from custom.transfer import read_weights
 from tests.conftest import ROOT, SMALL
 from tools import benchmark, phantom
 from tools.benchmark import RECORD, Result, Run, p_value, read_task, table

@@ -8,9 +8,10 @@ import nibabel
 import numpy as np
 import pytest
 
+from custom.files import read_json
 from tests.conftest import ROOT, monai_bundle
 from tests.integration.conftest import BTCV, FETA, python_of
-from tools import package, verify
+from tools import verify
 
 
 def dicom(*arguments) -> None:
@@ -44,7 +45,7 @@ def series(tmp_path_factory):
 
 def by_bundle(bundle, scan, output) -> nibabel.Nifti1Image:
     """Segment a NIfTI file with `monai.bundle run`."""
-    values = package.read(bundle / "configs/inference.json")
+    values = read_json(bundle / "configs/inference.json")
     sizes = {name: values[name] for name in ("feature_size", "patch_size")}
     done = monai_bundle("inference", bundle=bundle, dataset_dir=scan, output_dir=output, **sizes)
     assert done.returncode == 0, done.stderr
@@ -61,8 +62,8 @@ def check_seg(scan, bundle, folder) -> np.ndarray:
     found = np.load(folder / "seg.npz")
     label = np.asarray(by_bundle(bundle, folder / "scan.nii.gz", folder).dataobj)
     assert np.count_nonzero(found["label"] != label) == 0
-    metadata = package.read(bundle / "configs/metadata.json")
-    assert found["names"].tolist() == package.read(bundle / "configs/inference.json")["labels"][1:]
+    metadata = read_json(bundle / "configs/metadata.json")
+    assert found["names"].tolist() == read_json(bundle / "configs/inference.json")["labels"][1:]
     assert found["model"].tolist()[:3] == [metadata[name] for name in ("authors", "name", "version")]
     assert found["model"][3] and found["series"]
     return label
@@ -157,7 +158,7 @@ def channels(folder, series, bundle):
     """A bundle that takes four contrasts at once."""
     shutil.copytree(bundle, folder / bundle.name)
     file = folder / bundle.name / "configs/metadata.json"
-    about = package.read(file)
+    about = read_json(file)
     about["network_data_format"]["inputs"]["image"]["num_channels"] = 4
     file.write_text(json.dumps(about))
     return series / "CT", folder / bundle.name

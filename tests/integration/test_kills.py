@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tools import kills
+from tools.studies import kills
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.conftest import TORCHRUN, folders, metrics, monai_bundle
-from tools import kills
+from tools.studies import kills
 
 # Two processes can't share them equally.
 SCANS = ("ct/images/ct_000.nii.gz", "ct/images/ct_001.nii.gz", "fetal/images/fetal_000.nii.gz")
@@ -35,7 +35,11 @@ def three_scans(tmp_path_factory, phantom_list):
 
 def train(folder, datalist, watch, launcher=TORCHRUN):
     """Train for three epochs with a further handler."""
-    handler = {"_target_": "custom.handlers.On", "event": "ITERATION_COMPLETED", "handler": f"$lambda engine: {watch}"}
+    handler = {
+        "_target_": "custom.engine.handlers.On",
+        "event": "ITERATION_COMPLETED",
+        "handler": f"$lambda engine: {watch}",
+    }
     folder.mkdir(exist_ok=True)
     (folder / "watch.json").write_text(json.dumps({"+train#handlers": [handler]}))
     settings = {"datalist": datalist, "batch_size": 1, "max_epochs": 3, "warmup_iterations": 1, "val_pictures": 0}

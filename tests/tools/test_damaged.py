@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from tools import damaged
+from tools.studies import damaged
 
 
 @pytest.fixture(scope="module")

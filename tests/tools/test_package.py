@@ -19,6 +19,7 @@ from monai.bundle.scripts import _get_git_release_url
 from monai.data import load_net_with_metadata
 from monai.networks.nets import SwinUNETR
 
+from custom.files import read_json
 from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
 from tools import package, verify
 
@@ -141,9 +142,9 @@ def test_what_the_training_overrode_is_in_the_package(released, run_dir, tmp_pat
     folder = verify.unpack(released, tmp_path)
     changed = {"labels": LABELS, "pixdim_mm": [4, 4, 4], "patch_size": [64, 32, 32], "feature_size": 12}
     for name in ("train", "inference"):
-        before, after = (package.read(path / f"configs/{name}.json") for path in (FETA, folder))
+        before, after = (read_json(path / f"configs/{name}.json") for path in (FETA, folder))
         assert after == before | changed  # and neither its seed nor its learning rate, epochs and folders
-    data = package.read(folder / "configs/metadata.json")["network_data_format"]
+    data = read_json(folder / "configs/metadata.json")["network_data_format"]
     assert data["inputs"]["image"]["spatial_shape"] == data["outputs"]["pred"]["spatial_shape"] == [64, 32, 32]
     assert list(data["outputs"]["pred"]["channel_def"].values()) == LABELS
     weights = torch.load(folder / "models/model.pt", weights_only=True)
@@ -152,7 +153,7 @@ def test_what_the_training_overrode_is_in_the_package(released, run_dir, tmp_pat
 
 def test_a_package_says_where_its_weights_come_from(released, run_dir, labelled_lists, tmp_path):
     folder = verify.unpack(released, tmp_path)
-    training, lines = package.read(folder / "docs/training.json"), metrics(run_dir)
+    training, lines = read_json(folder / "docs/training.json"), metrics(run_dir)
     assert training["metrics"] == {"best": max(lines, key=lambda line: line["val_mean_dice"]), "last": lines[-1]}
     assert training["datalist_sha256"] == hashlib.sha256(labelled_lists["fetal"].read_bytes()).hexdigest()
     assert (training["seed"], training["overrides"]["learning_rate"]) == (5, 0.01)
@@ -166,10 +167,10 @@ def test_several_channels_and_the_best_of_a_pre_training(tmp_path):
     for bundle in (BTCV, PRETRAINING):
         shutil.copytree(bundle, tmp_path / bundle.name)
     package.apply({"in_channels": 2, "intensity#a_max": 300, "datalist": "a.json"}, tmp_path / BTCV.name)
-    image = package.read(tmp_path / BTCV.name / "configs/metadata.json")["network_data_format"]["inputs"]["image"]
+    image = read_json(tmp_path / BTCV.name / "configs/metadata.json")["network_data_format"]["inputs"]["image"]
     assert image["num_channels"] == 2 and image["channel_def"] == {"0": "image 0", "1": "image 1"}
     for name in ("train", "inference"):
-        content = package.read(tmp_path / BTCV.name / f"configs/{name}.json")
+        content = read_json(tmp_path / BTCV.name / f"configs/{name}.json")
         assert content["intensity"]["a_max"] == 300 and content["bundle_root"] == "."
     lines = [{"epoch": 1, "val_l1": 0.3}, {"epoch": 2, "val_l1": 0.2}, {"epoch": 3, "val_l1": 0.4}, {"epoch": 4}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -210,8 +211,8 @@ def test_torchscript_has_the_package_s_patch_size_and_no_need_of_custom(released
     script, metadata, files = load_net_with_metadata(
         str(folder / "models/model.ts"), more_extra_files=["inference.json"]
     )
-    assert metadata["version"] == package.read(folder / "configs/metadata.json")["version"]
-    assert json.loads(files["inference.json"]) == package.read(folder / "configs/inference.json")
+    assert metadata["version"] == read_json(folder / "configs/metadata.json")["version"]
+    assert json.loads(files["inference.json"]) == read_json(folder / "configs/inference.json")
     network = SwinUNETR(1, len(LABELS), feature_size=12).eval()
     network.load_state_dict(torch.load(folder / "models/model.pt", weights_only=True))
     image = torch.rand(1, 1, *SMALL["patch_size"])
@@ -274,7 +275,7 @@ def test_a_download_trains_evaluates_and_infers_where_the_repository_is_not(
     assert (tmp_path / "run" / "evaluation" / "summary.md").is_file()
     weights = {"ckpt_dir": tmp_path / "models", "pretrained": downloaded / "models" / "model.pt"}
     run("train", max_epochs=1, **data, **weights)
-    start = package.read(tmp_path / "run" / "run.json")[-1]
+    start = read_json(tmp_path / "run" / "run.json", list)[-1]
     assert (start["bundle"], start["version"], start["commit"]) == (FETA.name, "0.1.0", None)
     assert (tmp_path / "models" / "model.pt").is_file()
 

@@ -14,7 +14,8 @@ import pytest
 from tests import preload
 from tests.bundles.test_bad_input import spoken
 from tests.conftest import PRETRAINING, ROOT, folders, monai_bundle
-from tools import damaged, prepare
+from tools import prepare
+from tools.studies import damaged
 
 
 def write_list(folder: Path, files, validation=()) -> Path:

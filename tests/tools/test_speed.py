@@ -3,7 +3,7 @@ import statistics
 
 from torch import nn
 
-from tools import speed
+from tools.studies import speed
 
 SMALLEST = "--feature_size 12 --patch_size 64 32 32 --volume 40 32 36 --volumes 2 --crops 1 --repeats 1"
 

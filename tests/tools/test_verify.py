@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from custom.files import write_json
 from tests.conftest import ROOT
 from tools import package, verify
 
@@ -57,7 +58,7 @@ def test_what_is_wrong_is_told(fixture, unpacked):
         elif isinstance(patch, str):
             file.write_text(patch)
         else:
-            package.write(file, merge(json.loads(file.read_text()), patch))
+            write_json(file, merge(json.loads(file.read_text()), patch))
     package.write_sums(unpacked, {name: path for name, path in verify.files(unpacked).items() if name != verify.SUMS})
     assert content["sentence"] in sentence(unpacked)
 
@@ -147,11 +148,10 @@ def test_the_modules_are_the_bundle_s_and_go_when_it_is_done(unpacked):
 
 
 def test_a_package_passes_where_the_repository_is_not(zipped, foreign_python, tmp_path):
-    """With nothing of it but the tool's two files; the folder that was unpacked by hand passes too."""
-    for name in ("verify.py", "metadata_schema.json"):
-        shutil.copy(ROOT / "tools" / name, tmp_path)
+    """With nothing of it but the folder of the tools; the folder that was unpacked by hand passes too."""
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
     folder = verify.unpack(zipped, tmp_path)
-    command = [foreign_python, "verify.py", zipped, folder.name]
+    command = [foreign_python, "tools", "verify", zipped, folder.name]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == f"{zipped}: ok\n{folder.name}: ok\n", done.stderr
     assert done.returncode == 0

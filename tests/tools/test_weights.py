@@ -9,10 +9,9 @@ import torch
 from monai.networks.nets import SwinUNETR
 from monai.networks.nets.swin_unetr import filter_swinunetr
 
-from custom.network import DisruptiveAutoencoder
-from custom.published import SwinUNETRVariant
+from custom.published import PublishedSwinUNETR
 from custom.transfer import transfer
-from tests.conftest import ROOT
+from tests.conftest import ROOT, autoencoder
 from tests.custom.test_published import fill, manifest
 from tests.custom.test_transfer import Code
 from tools.weights import main
@@ -53,7 +52,7 @@ SOURCES = {
     "fine-tuning": lambda: {"state_dict": FINETUNING, "best_acc": 0.8},
     "fine-tuning, bare and parallel": lambda: {f"module.{name}": value for name, value in FINETUNING.items()},
     "self-supervision": lambda: {"state_dict": self_supervised()},
-    "own": lambda: randomised(DisruptiveAutoencoder(feature_size=12)),
+    "own": lambda: randomised(autoencoder()),
     "own segmentation": lambda: randomised(SwinUNETR(in_channels=4, out_channels=5, feature_size=12)),
 }
 
@@ -142,7 +141,7 @@ def test_the_self_supervised_encoder_comes_over_as_monai_loads_it(run):
 def test_the_file_is_a_pre_training_for_a_segmentation_network(run, tmp_path):
     for kind, block in (("pre-training", True), ("self-supervision", False)):
         converted, _ = run(SOURCES[kind](), name=f"{kind}.pt")
-        network = SwinUNETRVariant(in_channels=1, out_channels=5, feature_size=12, block_embedding=block)
+        network = PublishedSwinUNETR(in_channels=1, out_channels=5, feature_size=12, block_embedding=block)
         left = transfer(network, tmp_path / f"{kind}.pt")
         assert set(left) == network.state_dict().keys() - converted["model"].keys() | {
             "out.conv.conv.weight",
@@ -151,7 +150,7 @@ def test_the_file_is_a_pre_training_for_a_segmentation_network(run, tmp_path):
 
 
 def test_own_weights_load_into_a_stock_network(run):
-    own = randomised(DisruptiveAutoencoder(feature_size=12))
+    own = randomised(autoencoder())
     converted, report = run(own, "--to", "stock")
     network = SwinUNETR(in_channels=1, out_channels=1, feature_size=12)
     network.load_state_dict(converted["model"])
@@ -169,7 +168,7 @@ def test_what_a_stock_network_does_otherwise_is_said(run):
 
 @pytest.mark.parametrize("network, classes", [("pretrain_fs12", 1), ("finetune_fs12", 14)])
 def test_own_weights_get_the_names_and_shapes_of_published_ones(network, classes, run):
-    own = randomised(SwinUNETRVariant(in_channels=1, out_channels=classes, feature_size=12, block_embedding=True))
+    own = randomised(PublishedSwinUNETR(in_channels=1, out_channels=classes, feature_size=12, block_embedding=True))
     published, report = run(own, "--to", "published")
     (key, weights), *_ = published.items()
     assert key == ("model" if classes == 1 else "state_dict")

@@ -1,0 +1,152 @@
+"""Load scans and label maps, check them, and normalise them by modality."""
+
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import LoadImaged, MapTransform
+
+from custom.data.datalist import case_name, check_modality
+from custom.data.nifti import check_header, corner_distance_mm
+from custom.errors import BadInput
+
+logger = logging.getLogger(__name__)
+
+
+class LoadScand(LoadImaged):
+    """MONAI's `LoadImaged`, channel first, which accepts only a finite, varying 3D volume and else says what to mend.
+
+    Args:
+        keys: the images to load; several channels are a list of files.
+        channels: that the scan has to have.
+        patch_size: if given, a volume smaller than it is noted in the log (it will be padded).
+
+    Shapes:
+        a path becomes a (channels, D, H, W) float32 `MetaTensor`. An item without a "case" is given one.
+
+    Raises:
+        BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
+            everywhere; and see `check_header`.
+    """
+
+    def __init__(self, keys: KeysCollection, channels: int = 1, patch_size: Sequence[int] | None = None) -> None:
+        super().__init__(keys, ensure_channel_first=True, image_only=True, allow_missing_keys=True)
+        self.channels = channels
+        self._patch_size = patch_size  # private, because the volume does not depend on it: see `custom.data.store`
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+        output = {"case": case_name(data), **data}
+        for key in self.keys:
+            path = data[key] if isinstance(data[key], str) else " and ".join(map(str, data[key]))
+            output[key] = image = self.load(key, data[key], path)
+            shape = "x".join(map(str, image.shape[1:]))
+            if image.shape[0] != self.channels or image.ndim != 4 or min(image.shape[1:]) < 2:
+                expected = "3D volume" if self.channels == 1 else f"3D volume of {self.channels} channels"
+                raise BadInput(
+                    f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; split it into 3D "
+                    f"volumes, or give the segmentation bundles --in_channels."
+                )
+            if not torch.isfinite(image).all():
+                raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
+            if image.min() == image.max():
+                raise BadInput(f"{path} has the same value {image.min().item():g} everywhere; take it out of the list.")
+            if self._patch_size is not None and (torch.tensor(image.shape[1:]) < torch.tensor(self._patch_size)).any():
+                logger.warning(
+                    f"{path} is {shape} voxels, smaller than the patch {'x'.join(map(str, self._patch_size))}, and is "
+                    f"padded; a smaller --patch_size or --pixdim_mm avoids it."
+                )
+        return output
+
+    def load(self, key: Hashable, file: str | Sequence[str], path: str) -> torch.Tensor:
+        """Load a file, or several as channels; `path` names them in an error."""
+        try:
+            image = super().__call__({key: file})[key]
+        except Exception as error:  # readers raise whatever the damage leads to
+            cause = error.__cause__ or error
+            raise BadInput(
+                f"{path} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
+                f"or take it out of the data list (`python -m tools.datalist` finds such files)."
+            ) from error
+        for one in [file] if isinstance(file, str) else file:
+            check_header(one)
+        return image
+
+
+class LoadLabeld(LoadScand):
+    """Load the label map of a scan that is loaded already, and check that the two belong together.
+
+    Args:
+        keys: the label maps.
+        labels: names of the classes; their positions are the ids.
+        image_key: where the scan is.
+
+    Shapes:
+        a path becomes a (1, D, H, W) uint8 `MetaTensor`.
+
+    Raises:
+        BadInput: for a file that can't be read, has another shape or place in space than the scan, or holds anything
+            but ids of the classes.
+    """
+
+    def __init__(self, keys: KeysCollection, labels: Sequence[str], image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.labels = labels
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+        output = dict(data)
+        image = data[self.image_key]
+        for key in self.keys:
+            label = self.load(key, data[key], data[key])
+            of = f"its scan {image.meta['filename_or_obj']}"
+            if label.shape[1:] != image.shape[1:] or label.shape[0] != 1:
+                raise BadInput(
+                    f"{data[key]} has the shape {tuple(label.shape[1:])}, {of} has {tuple(image.shape[1:])}; resample "
+                    f"the label map to the scan, or correct the data list."
+                )
+            distance_mm = corner_distance_mm(label.affine, image.affine, image.shape[1:])
+            if distance_mm > float(image.pixdim.min()) / 2:
+                raise BadInput(
+                    f"{data[key]} lies elsewhere than {of}: their affines put a corner {distance_mm:.3g} mm apart; "
+                    f"resample the label map to the scan, or copy the scan's affine if they do overlap."
+                )
+            ids = label.unique()
+            wrong = [f"{id:g}" for id in ids.tolist() if id not in range(len(self.labels))]
+            if wrong:
+                raise BadInput(
+                    f"{data[key]} holds {', '.join(wrong[:5])}, but the ids go from 0 to {len(self.labels) - 1} "
+                    f"({', '.join(self.labels)}); correct the label map, or name all classes with --labels."
+                )
+            output[key] = label.to(torch.uint8)
+        return output
+
+
+class ByModalityd(MapTransform):
+    """Transform an image by the transform of its modality.
+
+    Args:
+        keys: the images.
+        transforms: transform of each modality.
+        modality_key: where the name of the modality is.
+
+    Shapes:
+        input and output: (1, D, H, W).
+
+    Raises:
+        BadInput: for a modality without a transform.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, transforms: Mapping[str, Callable], modality_key: str = "modality"
+    ) -> None:
+        super().__init__(keys)
+        self.transforms = dict(transforms)
+        self.modality_key = modality_key
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+        output = dict(data)
+        check_modality(output[self.modality_key], list(self.transforms), str(output.get("case", "A scan")))
+        for key in self.key_iterator(output):
+            output[key] = self.transforms[output[self.modality_key]](output[key])
+        return output

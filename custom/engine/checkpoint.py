@@ -1,0 +1,146 @@
+"""Every way in which weights and states of runs are written and read."""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from monai.engines import Evaluator
+from monai.handlers import CheckpointLoader
+from torch import nn
+
+from custom.errors import BadInput
+from custom.files import replacing
+
+
+class AtomicSaver:
+    """Save for Ignite's `Checkpoint`, on the first rank: beside, and when that is on the disk, into place.
+
+    Not Ignite's `DiskSaver`, which `Checkpoint` tells to remove a file before the next one is saved, and which leaves
+    files behind when it is killed.
+
+    Args:
+        dirname: folder, made if missing.
+
+    Raises:
+        BadInput: for a folder that can't be made, and a disk that is full or can't be written; what was saved before is
+            untouched.
+    """
+
+    def __init__(self, dirname: str | Path) -> None:
+        self.dirname = Path(dirname)
+        try:
+            self.dirname.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(
+                f"The folder {dirname} can't be made ({error.strerror}); name another to write to."
+            ) from error
+
+    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
+        if idist.get_rank() > 0:
+            return
+        try:
+            with replacing(self.dirname / filename) as part, open(part, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            cause = error.__context__ or error  # torch's writer raises another error on top of the disk's
+            raise BadInput(
+                f"{self.dirname / filename} could not be saved ({cause}); repair the disk or make room on it, then the "
+                f"same command goes on from the last checkpoint, which is intact."
+            ) from error
+
+
+class WeightsSaver:
+    """Let Ignite's `Checkpoint` save after each validation, and at the end of a training in which none has saved.
+
+    It is a handler of the evaluator and of the trainer.
+
+    Args:
+        checkpoint: saves the best weights, by a score of the evaluator.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self.checkpoint if isinstance(engine, Evaluator) else self.save_last)
+
+    def save_last(self, engine: Engine) -> None:
+        """Save the weights as they are, unless a validation has saved some."""
+        best = self.checkpoint
+        if best.last_checkpoint is None:
+            Checkpoint(best.to_save, best.save_handler, filename_pattern=best.filename_pattern, n_saved=1)(engine)
+
+
+class CheckedCheckpointLoader(CheckpointLoader):
+    """MONAI's `CheckpointLoader`, which says in a sentence what is wrong with a checkpoint.
+
+    Args: see `CheckpointLoader`.
+
+    Raises:
+        BadInput: for a checkpoint that is missing, damaged or of another network.
+    """
+
+    def __call__(self, engine: Engine) -> None:
+        if not os.path.isfile(self.load_path):
+            raise BadInput(f"There is no checkpoint {self.load_path}; train first, or name another with --ckpt_dir.")
+        try:
+            super().__call__(engine)
+        except Exception as error:
+            raise BadInput(
+                f"The checkpoint {self.load_path} can't be loaded, it is damaged or of another network or run: "
+                f"{str(error)[:300]} Give the settings that it was trained with, or other folders."
+            ) from error
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all of a checkpoint can be read, and is what was written: torch saves a zip, which has checksums."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises whatever the damage leads to
+        return False
+
+
+def read_weights(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a network: a state dict, alone or under "model" (a run's state) or "state_dict".
+
+    Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        BadInput: for a file that is missing, damaged or holds no weights.
+    """
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"There is no checkpoint {checkpoint}; train first, or name another.") from error
+    except Exception as error:  # torch raises whatever the damage leads to
+        raise BadInput(
+            f"The checkpoint {checkpoint} can't be loaded, it is damaged or no PyTorch checkpoint: {str(error)[:200]}"
+        ) from error
+    weights = content.get("model", content.get("state_dict", content)) if isinstance(content, Mapping) else None
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise BadInput(f"The checkpoint {checkpoint} holds no network's weights; name a model.pt of a training.")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_weights(network: nn.Module, checkpoint: str | Path) -> nn.Module:
+    """Load all weights of a checkpoint into a network and return it.
+
+    Raises:
+        BadInput: as `read_weights`, and for weights of another network.
+    """
+    try:
+        network.load_state_dict(read_weights(checkpoint))
+    except RuntimeError as error:
+        raise BadInput(
+            f"The checkpoint {checkpoint} can't be loaded, it is of another network: {str(error)[:300]} Give the "
+            f"settings that it was trained with."
+        ) from error
+    return network

@@ -1,0 +1,144 @@
+"""What happens first in every `run` of a bundle: its config is checked, before any scan is read."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import torch
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
+from monai.bundle.reference_resolver import ReferenceResolver
+
+from custom.errors import BadInput, report_errors
+from custom.speed.malloc import keep_freed_memory
+from custom.text import did_you_mean
+
+
+def check_config(patch_size: Sequence[int], output_dir: str) -> None:
+    """Check the config that is being run; the first expression of each `run`.
+
+    From here on errors of a user are told in one sentence. On a CPU, memory is kept and algorithms are deterministic.
+
+    Args:
+        patch_size: in voxels, what the network will see.
+        output_dir: folder of the run, where the traceback of an error is kept.
+
+    Raises:
+        BadInput: for an id that nothing uses, an argument that a component does not have, or a patch that the network
+            can't take.
+    """
+    report_errors(output_dir)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        # Else threads add the gradient of the relative positions in the order in which they come.
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    workflow = running_workflow()
+    if workflow is not None:
+        check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
+    check_patch_size(patch_size)
+
+
+def running_workflow() -> ConfigWorkflow | None:
+    """Return the workflow that is being run; None where a program drives the parser itself.
+
+    MONAI hands a component nothing of the config around it, so the workflow is found among the callers.
+    """
+    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
+    return next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)
+
+
+def declared_ids(folder: Path) -> set[str]:
+    """Return the ids of all configs in a folder, such as "train" and "train#dataset"."""
+    declared = set()
+    for file in set(folder.glob("*.json")) - {folder / "metadata.json"}:
+        for key, value in ConfigParser.load_config_file(file).items():
+            parts = ReferenceResolver.split_id(key.lstrip("+"))
+            declared |= {parts[0], "#".join(parts[:2])}
+            if isinstance(value, dict):
+                declared |= {f"{key}#{child}" for child in value}
+    return declared
+
+
+def walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each id of a config, nested ones included, with its value; the config itself first, under `path`."""
+    yield path, config
+    if isinstance(config, dict | list):
+        for key, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from walk(value, f"{path}#{key}" if path else str(key))
+
+
+def unused_ids(config: dict[str, Any]) -> set[str]:
+    """Return the ids that nothing in a config refers to: those of the top level, and those in a group of it.
+
+    A group is a dictionary that nothing refers to as a whole, such as `train`.
+    """
+    strings = (value for _, value in walk(config) if isinstance(value, str))
+    referred = [
+        ReferenceResolver.split_id(id) for string in strings for id in ReferenceResolver.match_refs_pattern(string)
+    ]
+    unused = config.keys() - {parts[0] for parts in referred}
+    for name, value in config.items():
+        if isinstance(value, dict) and "_target_" not in value and [name] not in referred:
+            unused |= {f"{name}#{key}" for key in value.keys() - {parts[1] for parts in referred if parts[0] == name}}
+    return unused
+
+
+def check_ids(config: dict[str, Any], declared: set[str]) -> None:
+    """Raise `BadInput` for a misspelt id, which `monai.bundle` adds to a config in silence.
+
+    An id is wrong when no config file declares it and nothing refers to it, or when it is no argument of its component.
+
+    Args:
+        config: the content of all config files with the overrides of the command line.
+        declared: ids of the config files.
+    """
+    config = {name: value for name, value in config.items() if name != "_meta_"}
+    for name in sorted(unused_ids(config) - declared):
+        hint = did_you_mean(name, declared) or "; the ids are listed in the bundle's docs/README.md."
+        raise BadInput(f"Nothing uses the id `{name}`{hint}")
+    locator = ConfigParser().locator
+    for path, value in walk(config):
+        target = value.get("_target_") if isinstance(value, dict) else None
+        if isinstance(target, str) and not target.startswith(("$", "@")):
+            component = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
+            if component is None:
+                raise BadInput(f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?")
+            accepted = arguments_of(component)
+            for name in value.keys() - accepted if accepted else ():
+                if not (name.startswith("_") and name.endswith("_")):
+                    raise BadInput(f"`{path}#{name}` is no argument of {target}{did_you_mean(name, accepted) or '.'}")
+
+
+def arguments_of(component: Callable) -> set[str]:
+    """Return the names of the arguments that a component takes by its signature; none where that does not tell.
+
+    Where a class of this project passes on what it does not know, those of its bases count too.
+    """
+    names: set[str] = set()
+    for part in inspect.getmro(component) if inspect.isclass(component) else [component]:
+        function = vars(part).get("__init__") if inspect.isclass(part) else part
+        if function is None:
+            continue
+        try:
+            parameters = inspect.signature(function).parameters
+        except ValueError:  # written in C
+            return set()
+        names |= parameters.keys()
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return names
+        if not getattr(part, "__module__", "").startswith("custom."):
+            return set()
+    return set()
+
+
+def check_patch_size(patch_size: Sequence[int]) -> None:
+    """Raise `BadInput` for a patch that a Swin UNETR can't take."""
+    # One voxel at the bottleneck has no variance, so that instance norm refuses 32x32x32.
+    sides = patch_size if isinstance(patch_size, list | tuple) else []
+    if len(sides) != 3 or any(size < 32 or size % 32 for size in sides) or list(sides) == [32] * 3:
+        raise BadInput(
+            f"--patch_size {patch_size} does not fit the network, which halves a patch five times: give three "
+            f"multiples of 32 that are not all 32, such as [96, 96, 96]."
+        )

@@ -1,0 +1,1 @@
+"""Looking at what a network does: metrics, pictures, ensembles and test-time augmentation."""

@@ -1,0 +1,95 @@
+"""Metrics of a segmentation: distances in millimetres, and a report with the names of the classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.handlers import write_metrics_reports
+from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
+from monai.networks import one_hot
+from monai.utils import string_list_all_gather
+
+from custom.text import markdown_table
+
+
+class _LabelMapMetric:
+    """Let a distance metric take label maps (1, D, H, W), and give millimetres by the spacing of the true one."""
+
+    def __init__(self, num_classes: int, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+
+    def _compute_tensor(self, y_pred: torch.Tensor, y: MetaTensor) -> torch.Tensor:
+        maps = (one_hot(torch.as_tensor(label_map), self.num_classes) for label_map in (y_pred, y))
+        distances = super()._compute_tensor(*maps, spacing=y.pixdim.tolist())
+        # An absent class gives NaN or infinity, by the metric; neither is a distance, and one infinity ruins a mean.
+        return distances.where(distances.isfinite(), torch.nan)
+
+
+class HausdorffDistance(_LabelMapMetric, HausdorffDistanceMetric):
+    """MONAI's `HausdorffDistanceMetric` of label maps, in millimetres; NaN for a class that either map lacks.
+
+    Args:
+        num_classes: with background, which is left out.
+        kwargs: see `HausdorffDistanceMetric`, such as percentile=95.
+    """
+
+
+class SurfaceDistance(_LabelMapMetric, SurfaceDistanceMetric):
+    """MONAI's `SurfaceDistanceMetric` of label maps, in millimetres; see `HausdorffDistance`."""
+
+
+class SegmentationReport:
+    """Write the metrics of every case and class of an evaluation, and a summary table, which is printed too.
+
+    Files: `NAME_raw.csv` of each metric (a row per case, a column per class), `NAME_summary.csv`, `metrics.csv`, and
+    `summary.md`, the mean and standard deviation over cases of each class. A class that a case lacks does not count.
+
+    Args:
+        output_dir: where to write.
+        labels: names of the classes, background first.
+    """
+
+    def __init__(self, output_dir: str, labels: Sequence[str]) -> None:
+        self.output_dir = Path(output_dir)
+        self.classes = list(labels)[1:]
+        self.cases: list[str] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda engine: self.cases.clear())
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._note_cases)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def _note_cases(self, engine: Engine) -> None:
+        self.cases += [item["case"] for item in engine.state.batch]
+
+    def __call__(self, engine: Engine) -> None:
+        several = idist.get_world_size() > 1
+        cases = string_list_all_gather(self.cases) if several else self.cases
+        if idist.get_rank() > 0:
+            return
+        details = {name: values.cpu().numpy() for name, values in engine.state.metric_details.items()}
+        write_metrics_reports(
+            str(self.output_dir),
+            cases,
+            engine.state.metrics,
+            details,
+            summary_ops=["mean", "std", "median", "min", "max", "notnans"],
+            deli=",",
+            class_labels=self.classes,
+        )
+        table = self._table(details)
+        (self.output_dir / "summary.md").write_text(table)
+        print(f"\n{len(cases)} cases\n{table}\nPer case: {self.output_dir}")
+
+    def _table(self, details: dict[str, np.ndarray]) -> str:
+        rows = [["class", *details], *([name] for name in [*self.classes, "**mean**"])]
+        for values in details.values():
+            known = np.ma.masked_invalid(values)
+            for row, column in zip(rows[1:], [*known.T, known.mean(axis=1)], strict=True):
+                row.append(f"{column.mean():.3f} ± {column.std():.3f}" if column.count() else "-")
+        return markdown_table(rows) + "\n"

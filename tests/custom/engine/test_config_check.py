@@ -1,0 +1,49 @@
+import pytest
+
+from custom.engine.config_check import check_ids, check_patch_size, unused_ids
+from custom.errors import BadInput
+
+CONFIG = {
+    "side": 3,
+    "width": "$2 * @side",
+    "network": {"_target_": "torch.nn.Linear", "in_features": "@width", "out_features": 1},
+    "run": "$@network#out_features",
+}
+
+
+def test_an_id_is_used_if_any_other_refers_to_it():
+    assert unused_ids(CONFIG) == {"run"}
+    assert unused_ids({**CONFIG, "widht": 4}) == {"run", "widht"}
+    group = {"train": {"epochs": 1, "epoch": 2}, "every": "$@train#epochs", "run": "@every"}
+    assert unused_ids(group) == {"run", "train#epoch"}
+    assert unused_ids({**group, "run": "$@every + len(@train)"}) == {"run"}
+
+
+def test_declared_ids_need_no_use():
+    check_ids(CONFIG, declared={"run"})
+    with pytest.raises(BadInput, match="`widht`; did you mean `width`"):
+        check_ids({**CONFIG, "widht": 4}, declared={"run", "width"})
+
+
+@pytest.mark.parametrize(
+    "component, expected",
+    [
+        ({"_target_": "torch.nn.Linear", "in_feature": 1}, "`network#in_feature` is no argument of torch.nn.Linear"),
+        ({"_target_": "torch.nn.Linaer"}, "torch.nn.Linaer, which can't be imported"),
+        ({"_target_": "Spacingd", "pixdims": 1}, "`network#pixdims` is no argument of Spacingd"),
+    ],
+)
+def test_components_have_the_arguments_that_they_are_given(component, expected):
+    with pytest.raises(BadInput, match=expected):
+        check_ids({"network": component}, declared={"network"})
+
+
+@pytest.mark.parametrize("size", [[96, 96, 96], [64, 32, 32], [128, 96, 32]])
+def test_patches_that_fit(size):
+    check_patch_size(size)
+
+
+@pytest.mark.parametrize("size", [[32, 32, 32], [96, 96], [100, 96, 96], [0, 64, 64], [-32, 64, 64], 64, "[64,64,64"])
+def test_patches_that_do_not_fit(size):
+    with pytest.raises(BadInput, match="multiples of 32"):
+        check_patch_size(size)

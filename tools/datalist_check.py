@@ -1,0 +1,157 @@
+"""Whether a file is a 3D scan that training can read, and whether its label map fits it; for `tools.datalist`."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+
+import nibabel as nib
+import numpy as np
+
+from custom.data.nifti import corner_distance_mm, fault_of_affine
+
+SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
+DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
+
+
+class Refusal(ValueError):
+    """Why one file is not listed, as "kind" or "kind: detail"."""
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """What a check found: shape in voxels, spacing in mm, reason of a refusal ("" when accepted), ids of the label."""
+
+    path: str
+    shape: tuple[int, ...] = ()
+    spacing: tuple[float, ...] = ()
+    reason: str = ""
+    ids: tuple[int, ...] = ()
+
+
+def inspect_file(path: str | os.PathLike[str], headers_only: bool = False, label: str = "") -> FileReport:
+    """Check that one file is a 3D scan that training can read, and that its label, if it has one, fits.
+
+    Args:
+        path: a .nii or .nii.gz file.
+        headers_only: trust the voxels, which saves reading (and decompressing) them.
+        label: file with an id (whole number) per voxel of the scan; "" for none.
+
+    Returns:
+        Shape (voxels), spacing (mm), reason of a refusal, ids of the label. Never raises for a bad file.
+    """
+    found: dict[str, tuple] = {}
+    where = ""
+    try:
+        with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
+            affine = _check(os.fspath(path), headers_only, found)
+            if label:
+                where, its = f"label: {label}: ", {}
+                label_affine = _check(label, headers_only, its, is_label=True)
+                if its["shape"][:3] != found["shape"][:3]:
+                    raise Refusal(f"shape {its['shape'][:3]} is not that of its scan, {found['shape'][:3]}")
+                apart_mm = corner_distance_mm(label_affine, affine, found["shape"][:3])
+                if apart_mm > min(found["spacing"]) / 2:  # what training refuses too
+                    raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from its scan's")
+                found["ids"] = its.get("ids", ())
+        where = reason = ""
+    except Refusal as refusal:
+        reason = str(refusal)
+    except FileNotFoundError:
+        where, reason = (f"no label: {label}", "") if where else ("", "missing file or dangling link")
+    except PermissionError:
+        reason = "permission denied"
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = f"truncated or corrupted: {error}"
+    except Exception as error:  # whatever a hostile header provokes (MemoryError too) concerns this file only
+        reason = f"unreadable: {type(error).__name__} {error}"
+    return FileReport(os.fspath(path), **found, reason=where + " ".join(reason.split()))
+
+
+def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: bool = False) -> np.ndarray:
+    """Raise for a file that is not to be listed, else return its affine; put what is known of it into `found`."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise Refusal("a folder, not a file")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise Refusal("not a regular file")
+    if not status.st_size:
+        raise Refusal("empty file")
+    packed = path.lower().endswith(".gz")
+    with gzip.open(path) if packed else open(path, "rb") as stream:
+        try:
+            block = stream.read(540)
+        except gzip.BadGzipFile as error:
+            raise Refusal(f"not a NIfTI file: {error}") from None
+        if block[344:347] != b"n+1" and block[4:7] != b"n+2":
+            raise Refusal("not a NIfTI file: its header has no n+1 or n+2 mark")
+        try:
+            image = nib.load(path)
+        except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+            raise Refusal(f"bad header: {error}") from None
+        if type(image) not in (nib.Nifti1Image, nib.Nifti2Image):  # surfaces (CIFTI) share the file name
+            raise Refusal(f"not a 3D volume: {type(image).__name__}")
+
+        voxels = image.dataobj
+        found["shape"] = tuple(int(n) for n in image.shape)
+        if len(image.shape) != 3 and (len(image.shape) != 4 or image.shape[3] != 1):
+            raise Refusal(f"not a 3D volume: {len(image.shape)} dimensions")
+        if min(image.shape[:3]) < 2:
+            raise Refusal("not a 3D volume: an axis has fewer than 2 voxels")
+        if voxels.dtype.kind not in "iuf":  # colour is structured, complex is "c"
+            raise Refusal(f"voxel type: {'complex' if voxels.dtype.kind == 'c' else 'colour'}, not one number")
+
+        # nibabel silently turns a zero pixdim into 1 mm, so look at the header as it was written.
+        header = type(image.header)(block[: image.header.sizeof_hdr], check=False)
+        pixdim = np.asarray(header["pixdim"][1:4], float)
+        if not (np.isfinite(pixdim) & (pixdim > 0)).all():
+            raise Refusal(f"bad spacing: {' x '.join(f'{p:g}' for p in pixdim)} mm")
+        if wrong := fault_of_affine(image.affine):
+            raise Refusal(f"bad affine: {wrong}")
+        found["spacing"] = tuple(float(f"{s:.5g}") for s in np.linalg.norm(image.affine[:3, :3], axis=0))
+
+        if voxels.offset < header.sizeof_hdr:
+            raise Refusal("bad header: voxels would start inside it")
+        size = math.prod(found["shape"]) * voxels.dtype.itemsize
+        if voxels.offset + size > status.st_size * (DEFLATE_RATIO if packed else 1):
+            raise Refusal(f"truncated or corrupted: {status.st_size} bytes cannot hold {size} bytes of voxels")
+        if not headers_only:
+            stream.seek(voxels.offset)
+            telling = np.unique if is_label else lambda slab: (slab.min(), slab.max())  # scaling is monotone
+            slabs = map(telling, _slabs(stream, voxels.dtype, size))
+            values = reduce(np.union1d, slabs, np.array([], voxels.dtype)).astype(float)
+            values = np.float32(values * float(voxels.slope) + float(voxels.inter))  # what training turns them into
+            if is_label:
+                bad = values[~((values >= 0) & (values < np.inf) & (values == np.floor(values)))]
+                if bad.size:
+                    raise Refusal(f"a voxel is {bad[0]:g}, not a whole number from 0 on")
+                found["ids"] = tuple(sorted(set(map(int, values))))
+            elif not np.isfinite(values).all():
+                raise Refusal("NaN or infinite voxels")
+            elif values.min() == values.max():
+                raise Refusal(f"constant voxels: all are {values[0]:g}")
+        return image.affine
+
+
+def _slabs(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> Iterator[np.ndarray]:
+    """Read `size` bytes of stored voxels front to back; each slab overwrites the one before."""
+    buffer = memoryview(bytearray(min(size, SLAB_BYTES)))
+    total = size
+    while size:
+        want = filled = min(size, SLAB_BYTES)
+        while filled and (got := stream.readinto(buffer[want - filled : want])):
+            filled -= got
+        if filled:
+            raise Refusal(f"truncated or corrupted: {size - want + filled} bytes of voxels are missing")
+        yield np.frombuffer(buffer[:want], dtype)
+        size -= want
+    # At its end gzip compares a checksum; damage may put the end off, a bomb must not do so for ever.
+    while stream.read(1 << 20) and stream.tell() < 2 * total + (64 << 20):
+        pass
