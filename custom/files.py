@@ -9,7 +9,7 @@ from typing import Any
 
 from custom.errors import BadInput
 
-LINE = 110  # characters
+LINE = 119  # characters
 NAMES = {dict: "object", list: "list"}
 
 

@@ -37,65 +37,6 @@ from tools._cli import ROOT, bundles, tool
 from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, quiet, sample_networks
 
 BUNDLES = ROOT / "bundles"
-# Of a bundle's folder; what runs and caches leave in it, and whatever else lies there, is not packaged.
-CONTENT = ("LICENSE", "configs", "custom", "datalist.json", "docs")
-
-
-def inference_ids(config: dict[str, Any]) -> set[str]:
-    """Return the top-level ids that network, preprocessing and inferer of an inference config are made of."""
-    found, todo = set(), ["network_def", "preprocessing", "inferer"]
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            texts = (value for _, value in walk(config[name]) if isinstance(value, str))
-            todo += [ReferenceResolver.split_id(id)[0] for t in texts for id in ReferenceResolver.match_refs_pattern(t)]
-    return found
-
-
-def apply(overrides: dict[str, Any], folder: Path) -> None:
-    """Make overrides of a training the values of a bundle's configs, and its metadata agree with them.
-
-    Taken over is what inference must have as the training had it: see `inference_ids`. Paths, the machine and how the
-    weights were learnt are not among it.
-    """
-    inference = read_json(folder / "configs/inference.json")
-    needed = inference_ids(inference)
-    for name in ("train", "inference"):
-        config = ConfigParser(read_json(folder / f"configs/{name}.json"))
-        config.update({id: value for id, value in overrides.items() if ReferenceResolver.split_id(id)[0] in needed})
-        write_json(
-            folder / f"configs/{name}.json", {key: value for key, value in config.get().items() if key != "_meta_"}
-        )
-    inference, metadata = read_json(folder / "configs/inference.json"), read_json(folder / "configs/metadata.json")
-    data = metadata["network_data_format"]
-    image, pred = data["inputs"]["image"], data["outputs"]["pred"]
-    image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
-    if "labels" in inference:
-        channels, labels = inference["in_channels"], inference["labels"]
-        classes = {str(number): name for number, name in enumerate(labels)}
-        image |= {"num_channels": channels}
-        if channels > 1:
-            image["channel_def"] = {str(number): f"image {number}" for number in range(channels)}
-        pred |= {"num_channels": len(labels), "channel_def": classes}
-        metadata["label_classes"] = "one channel, " + ", ".join(f"{number}: {name}" for number, name in classes.items())
-        metadata["pred_classes"] = f"{len(labels)} channels of the network, turned into one of ids by argmax"
-    write_json(folder / "configs/metadata.json", metadata)
-
-
-def provenance(run: Path, name: str) -> dict[str, Any]:
-    """Return how a run was started last.
-
-    Raises:
-        BadInput: for a folder that is no finished training of the bundle.
-    """
-    for file in ("run.json", "metrics.jsonl", "models/model.pt"):
-        if not (run / file).is_file():
-            raise BadInput(f"{run} is no finished training, it has no {file}; name its --output_dir.")
-    start = read_json(run / "run.json", list)[-1]
-    if start["bundle"] != name:
-        raise BadInput(f"{run} is a training of {start['bundle']}, not of {name}.")
-    return start
 
 
 def metrics(run: Path, folder: Path) -> dict[str, Any]:
@@ -111,20 +52,33 @@ def metrics(run: Path, folder: Path) -> dict[str, Any]:
     return {"best": best, "last": lines[-1]}
 
 
-def add_weights(run: Path, folder: Path) -> None:
-    """Put the weights of a training into a bundle, as they are and as TorchScript, with what they come from.
+def is_training(folder: Path) -> bool:
+    """Return whether a bundle is that of a training.
 
     Raises:
-        BadInput: see `provenance`.
+        BadInput: for one of a training that has not saved its weights yet.
     """
-    start = provenance(run, folder.name)
-    apply(start["overrides"], folder)
+    if not (folder / RECORD).is_file():
+        return False
+    if not (folder / "models/model.pt").is_file():
+        raise BadInput(f"{folder} is no finished training, it has no models/model.pt; train on, or package its bundle.")
+    return True
+
+
+def add_weights(run: Path, folder: Path) -> None:
+    """Put the weights of a training into its bundle, as they are and as TorchScript, with what they come from.
+
+    Raises:
+        BadInput: when the weights are not of the network of the configs.
+    """
+    base = read_json(BUNDLES / folder.name / "configs/train.json") if (BUNDLES / folder.name).is_dir() else {}
+    train = read_json(folder / "configs/train.json")
     # Folders of the machine that trained are nobody's business, nor are names of patients.
-    start["overrides"] = {
-        id: value
-        for id, value in start["overrides"].items()
-        if not any(isinstance(text, str) and os.path.isabs(text) for _, text in walk(value))
-    }
+    for id in ("datalist", "dataset_dir", "output_dir", "ckpt_dir", "pretrained", "store"):
+        if id in train and id in DEFAULTS:
+            train[id] = DEFAULTS[id]
+    write_json(folder / "configs/train.json", train)
+    start = portable(read_json(run / RECORD, list)[-1])
     write_json(folder / "docs/training.json", {**start, "metrics": metrics(run, folder)})
     models = folder / "models"
     models.mkdir()

@@ -140,7 +140,9 @@ def test_inference_by_the_command_line_gives_the_published_output(seed, converte
     assert abs(restored.mean(dtype=float) - expected["mean"]) < 1e-5
 
 
-@pytest.mark.parametrize("switch", [{"network_def__network__repeated_octants": False}, {"network_def__network__normalize": True}])
+@pytest.mark.parametrize(
+    "switch", [{"network_def__network__repeated_octants": False}, {"network_def__network__normalize": True}]
+)
 def test_without_a_switch_the_outputs_are_others(switch, converted):
     model = load_weights(declared("pretrain_fs12", **switch), converted("pretrain_fs12", "0"))
     assert differences(model, "pretrain_fs12", "0", "denoise")[0] > 1e-3
