@@ -1,11 +1,10 @@
 """Build the packages that are downloaded: a zip of each bundle, with checksums and the index that the model zoo has.
 
-    python -m tools.package [BUNDLE ...] [--run RUN_DIR] [--output DIR]
+    python -m tools.package [BUNDLE ...] [--output DIR]
 
 A package is the bundle's folder with `custom/` in it, a small test for tools.verify, and SHA-256 sums. The same bundle
-always gives the same bytes. With --run it has the weights of a training too, also as TorchScript, says in
-docs/training.json where they come from, and runs with them as it is: what the training overrode of the network, the
-preprocessing and the inferer are its configs' new values.
+always gives the same bytes. The folder of a training (its --output_dir) is a bundle too: its package has the weights,
+also as TorchScript, and docs/training.json says where they come from.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import functools
 import json
 import operator
-import os
 import shutil
 import subprocess
 import sys
@@ -27,9 +25,9 @@ from typing import Any
 import nibabel
 import numpy as np
 from monai.bundle import ConfigParser
-from monai.bundle.reference_resolver import ReferenceResolver
 
-from custom.engine.config_check import walk
+from custom.engine.run_bundle import PLACE, copy_bundle
+from custom.engine.run_record import RECORD, bundle_name, holds_path, portable
 from custom.errors import BadInput
 from custom.files import read_json, replacing, write_json
 from tools import phantom
@@ -60,26 +58,34 @@ def is_training(folder: Path) -> bool:
     """
     if not (folder / RECORD).is_file():
         return False
-    if not (folder / "models/model.pt").is_file():
-        raise BadInput(f"{folder} is no finished training, it has no models/model.pt; train on, or package its bundle.")
+    for name in ("models/model.pt", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} is no finished training, it has no {name}; go on with it first.")
     return True
 
 
+def forget_place(folder: Path, record: dict[str, Any]) -> None:
+    """Give the ids of a training's folders and files back the values that its bundle had.
+
+    Folders of the machine that trained are nobody's business, nor are names of patients.
+    """
+    file = folder / "configs/train.json"
+    config = read_json(file)
+    for id, value in record["defaults"].items():
+        if id in PLACE or holds_path(config.get(id)):
+            config[id] = value
+    write_json(file, config)
+
+
 def add_weights(run: Path, folder: Path) -> None:
-    """Put the weights of a training into its bundle, as they are and as TorchScript, with what they come from.
+    """Put the weights of a training into its package, as they are and as TorchScript, with what they come from.
 
     Raises:
-        BadInput: when the weights are not of the network of the configs.
+        BadInput: for weights that can't be exported.
     """
-    base = read_json(BUNDLES / folder.name / "configs/train.json") if (BUNDLES / folder.name).is_dir() else {}
-    train = read_json(folder / "configs/train.json")
-    # Folders of the machine that trained are nobody's business, nor are names of patients.
-    for id in ("datalist", "dataset_dir", "output_dir", "ckpt_dir", "pretrained", "store"):
-        if id in train and id in DEFAULTS:
-            train[id] = DEFAULTS[id]
-    write_json(folder / "configs/train.json", train)
-    start = portable(read_json(run / RECORD, list)[-1])
-    write_json(folder / "docs/training.json", {**start, "metrics": metrics(run, folder)})
+    record = read_json(run / RECORD, list)[-1]
+    forget_place(folder, record)
+    write_json(folder / "docs/training.json", {**portable(record), "metrics": metrics(run, folder)})
     models = folder / "models"
     models.mkdir()
     shutil.copyfile(run / "models/model.pt", models / "model.pt")
@@ -148,37 +154,34 @@ def zip_up(members: dict[str, bytes], file: Path) -> None:
             archive.writestr(member, content)
 
 
-def build(bundle: Path, output: Path, run: Path | None = None, weights_url: str | None = None) -> Path:
-    """Build a bundle's package.
+def build(bundle: Path, output: Path, weights_url: str | None = None) -> Path:
+    """Build the package of a bundle, or of a training, which is a bundle with weights.
 
     Args:
         bundle: its folder.
         output: folder to write to.
-        run: folder of a finished training whose weights the package has.
         weights_url: where the weights will be, to leave them out of the zip.
 
     Returns:
         the zip.
 
     Raises:
-        BadInput: for a folder that is no bundle, or no training of it.
+        BadInput: for a folder that is no bundle, or an unfinished training.
     """
     if not (bundle / "configs/metadata.json").is_file():
         raise BadInput(f"{bundle} is no bundle, it has no configs/metadata.json.")
-    name = bundle.resolve().name
+    trained, name = is_training(bundle), bundle_name(bundle.resolve())
+    if weights_url is not None and not trained:
+        raise BadInput(f"--weights_url is for the weights of a training, and {bundle} is none.")
     prefix = f"{name}_v{read_json(bundle / 'configs/metadata.json')['version']}"
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, name)
         folder.mkdir()
-        for path in (bundle / item for item in CONTENT):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-            elif path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        copy_bundle(bundle, folder, bundle / "custom")
         with modules_of(folder):
-            if run is not None:
-                add_weights(run, folder)
+            if trained:
+                add_weights(bundle, folder)
             add_sample(folder)
         if weights_url is not None:
             move_out(folder, prefix, output, weights_url)
@@ -208,8 +211,7 @@ def index(packages: list[Path], output: Path, source: str) -> None:
 
 
 def arguments(add: Callable) -> None:
-    add("bundles", nargs="*", metavar="BUNDLE", help="name or folder; all by default")
-    add("--run", type=Path, metavar="DIR", help="--output_dir of a finished training of the one BUNDLE")
+    add("bundles", nargs="*", metavar="BUNDLE", help="name or folder, also of a training; all of bundles/ by default")
     add("--output", type=Path, metavar="DIR", default=Path("dist"), help="folder to write to (%(default)s)")
     add("--source", default="", metavar="URL", help="where the zips will be, for model_info.json")
     add("--weights_url", metavar="URL", help="where the weights will be: they are left out of the zip, written beside "
@@ -224,11 +226,7 @@ def run(options: argparse.Namespace) -> None:
         BadInput: for wrong arguments, and see `build`.
     """
     folders = [BUNDLES / name if (BUNDLES / name).is_dir() else Path(name) for name in options.bundles] or bundles()
-    if options.run is not None and len(folders) != 1:
-        raise BadInput("--run is a training of one bundle; name it.")
-    if options.weights_url is not None and options.run is None:
-        raise BadInput("--weights_url is for the weights of a --run.")
-    packages = [build(folder, options.output, options.run, options.weights_url) for folder in folders]
+    packages = [build(folder, options.output, options.weights_url) for folder in folders]
     index(packages, options.output, options.source)
     for package in packages:
         print(f"{package}: {package.stat().st_size / 1e6:.1f} MB")

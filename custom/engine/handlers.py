@@ -115,7 +115,7 @@ class TrainingSummary:
         print(self.dataset.left_out(), end="")
         configs = [f"{self.output_dir}/configs/{name}.json" for name in ("train", "evaluate")]
         root = f"--bundle_root {self.output_dir}"
-        print(f"Next, evaluate:  python -m monai.bundle run --config_file \"{configs}\" {root}")
+        print(f'Next, evaluate:  python -m monai.bundle run --config_file "{configs}" {root}')
         infer = configs[0].replace("train.json", "inference.json")
         print(f"Or, on a scan:   python -m monai.bundle run --config_file {infer} {root} --dataset_dir SCAN.nii.gz")
 

@@ -34,9 +34,11 @@ SOUND = {
 }
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Return the content of a config file, {} where there is none."""
-    return read_json(file) if file.is_file() else {}
+def parsed(file: Path) -> ConfigParser:
+    """Return the config of a file as a workflow has it, an empty one where there is no file."""
+    parser = ConfigParser(read_json(file) if file.is_file() else {})
+    parser.resolve_macro_and_relative_ids()
+    return parser
 
 
 def settings_of(config: dict[str, Any], several: dict[str, Any]) -> dict[str, Any]:
@@ -74,8 +76,8 @@ def check_resumption(
     known, record = run / "configs" / "train.json", run / RECORD
     if not resume or workflow is None or not known.is_file() or not any(run.glob("checkpoint_iteration=*.pt")):
         return
-    several = read_config(workflow.config_root_path / "multi_gpu_train.json")
-    then, now = (settings_of(config, several) for config in (read_json(known), workflow.parser.config))
+    several = parsed(workflow.config_root_path / "multi_gpu_train.json").config
+    then, now = (settings_of(config, several) for config in (parsed(known).config, workflow.parser.config))
     for id in sorted(then.keys() | now.keys()):
         if then.get(id) != now.get(id):
             words = f"{id} {json.dumps(then.get(id))}", json.dumps(now.get(id))
@@ -148,14 +150,13 @@ class RunBundle:
 
     def write(self, bundle: Path, config: dict[str, Any]) -> None:
         """Write configs, documentation, licence and modules of a bundle, with the settings of a config."""
-        copy_bundle(bundle, self.folder)
+        copy_bundle(bundle, self.folder, Path(custom.__file__).parent)
         place = {"output_dir": "$@bundle_root", **self.sources}
         weights = os.path.relpath(self.ckpt_dir, self.folder)
         if weights != "models":
             place["ckpt_dir"] = f"$@bundle_root + '/{weights}'"
-        several = read_config(bundle / "configs" / "multi_gpu_train.json")
-        base = ConfigParser(read_json(bundle / "configs" / "train.json"))
-        base.resolve_macro_and_relative_ids()
+        several = parsed(bundle / "configs" / "multi_gpu_train.json").config
+        base = parsed(bundle / "configs" / "train.json")
         names = PLACE | several.keys()
         changed = {
             id: value for id, value in overrides(config, base.config).items() if not {id, id.partition("#")[0]} & names
@@ -163,11 +164,10 @@ class RunBundle:
         apply(changed, self.folder, place)
 
 
-def copy_bundle(bundle: Path, folder: Path) -> None:
-    """Copy what belongs to a bundle into another folder; modules are those that are in use."""
+def copy_bundle(bundle: Path, folder: Path, modules: Path) -> None:
+    """Copy what belongs to a bundle, with a folder of modules as its `custom`, into another folder."""
     if bundle.resolve() == folder.resolve():
         return
-    modules = Path(custom.__file__).parent
     for source in (modules if item == "custom" else bundle / item for item in CONTENT):
         target = folder / source.name
         if source.is_dir():

@@ -31,10 +31,11 @@ TRAINED = (
 def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, pretrained: str | None) -> dict:
     """Return what a training starts with, for JSON.
 
-    Overrides are what differs from `configs/train.json`, also by way of other config files. What is not known is null:
-    bundle, version, overrides and settings where no workflow is run, digests of files that are not there.
+    Overrides are what differs from `configs/train.json`, also by way of other config files; defaults, what that has
+    for its plain values. What is not known is null: bundle, version, overrides and settings where no workflow is run,
+    digests of files that are not there.
     """
-    name = version = changed = settings = None
+    name = version = changed = settings = defaults = None
     if workflow is not None:
         folder = workflow.config_root_path.resolve()
         name, version = bundle_name(folder.parent), workflow.parser.get("_meta_#version")
@@ -43,6 +44,9 @@ def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, 
         base.resolve_macro_and_relative_ids()
         changed = overrides(workflow.parser.config, base.config)
         settings = {id: workflow.parser.config[id] for id in TRAINED if id in workflow.parser.config}
+        earlier = folder.parent / RECORD  # of the training whose own configs these are
+        own = {id: value for id, value in base.config.items() if not isinstance(value, dict | list)}
+        defaults = read_json(earlier, list)[-1]["defaults"] if earlier.is_file() else own
         settings["fold"] = workflow.parser.config.get("fold")
     listed = "train#dataset#data" not in (changed or {})
     return {
@@ -51,6 +55,7 @@ def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, 
         "version": version,
         "overrides": changed,
         "settings": settings,
+        "defaults": defaults,
         "datalist_sha256": digest(datalist) if listed else None,
         "pretrained_sha256": pretrained and digest(pretrained),
         "seed": seed,
@@ -68,11 +73,13 @@ def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, 
 def portable(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record without the overrides that hold a path of the machine that trained, or a list of patients."""
 
-    def is_path(value: Any) -> bool:
-        return any(isinstance(leaf, str) and os.path.isabs(leaf) for _, leaf in leaves(value))
-
     changed = record.get("overrides") or {}
-    return {**record, "overrides": {id: value for id, value in changed.items() if not is_path(value)}}
+    return {**record, "overrides": {id: value for id, value in changed.items() if not holds_path(value)}}
+
+
+def holds_path(value: Any) -> bool:
+    """Return whether a value of a config is or has an absolute path."""
+    return any(isinstance(leaf, str) and os.path.isabs(leaf) for _, leaf in leaves(value))
 
 
 def bundle_name(folder: Path) -> str:

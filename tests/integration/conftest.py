@@ -28,5 +28,5 @@ def packages(tmp_path_factory, labelled_lists) -> dict[str, Path]:
             more["pixdim_mm"] = spacing_mm
         done = monai_bundle("train", bundle=bundle, **more, **folders(run_dir))
         assert done.returncode == 0, done.stderr
-        built[bundle.name] = package.build(bundle, tmp_path_factory.mktemp("dist"), run_dir)
+        built[bundle.name] = package.build(run_dir, tmp_path_factory.mktemp("dist"))
     return built
