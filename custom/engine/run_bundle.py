@@ -201,10 +201,11 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     """
     inference = read_json(folder / "configs/inference.json")
     needed = inference_ids(inference)
-    for name in ("train", "inference"):
+    applies = {"train": None, "inference": needed, "evaluate": set()}
+    for name, ids in applies.items():
         config = ConfigParser(read_json(folder / f"configs/{name}.json"))
-        here = {id: v for id, v in changed.items() if name == "train" or ReferenceResolver.split_id(id)[0] in needed}
-        own = {"output_dir", "dataset_dir"} if name == "inference" else set()
+        here = {id: v for id, v in changed.items() if ids is None or ReferenceResolver.split_id(id)[0] in ids}
+        own = set() if name == "train" else {"output_dir", "dataset_dir"}
         here |= {id: value for id, value in (place or {}).items() if id in config and id not in own}
         config.update(here)
         write_json(folder / f"configs/{name}.json", {id: v for id, v in config.get().items() if id != "_meta_"})
