@@ -86,13 +86,13 @@ def check_resumption(
             else:
                 _refuse(run, *words)
     start = read_json(record, list)[-1]
-    for name, was, is_ in (
-        ("the content of its --datalist, SHA-256", start["datalist_sha256"], digest(datalist)),
-        ("the content of --pretrained, SHA-256", start["pretrained_sha256"], pretrained and digest(pretrained)),
-        ("a number of processes of", start["processes"], idist.get_world_size()),
-    ):
-        if was != is_ and not (name.endswith("--datalist, SHA-256") and None in (was, is_)):
-            _refuse(run, f"{name} {was}", str(is_))
+    cases, weights = start["datalist_sha256"], start["pretrained_sha256"]
+    if None not in (cases, digest(datalist)) and cases != digest(datalist):
+        _refuse(run, "another content of its data list", f"that of {datalist}")
+    if weights != (pretrained and digest(pretrained)):
+        _refuse(run, "other weights by --pretrained" if weights else "no --pretrained weights", str(pretrained))
+    if start["processes"] != idist.get_world_size():
+        _refuse(run, f"{start['processes']} processes", str(idist.get_world_size()))
 
 
 def _refuse(run: Path, was: str, is_: str) -> None:

@@ -110,8 +110,8 @@ def test_what_is_sound_goes_on_and_is_said(run, tmp_path, caplog):
         ({"batch_size": 3}, "batch_size 1"),
         ({"seed": 1}, "seed 0"),
         ({"train#dataset#seed": 4}, "train#dataset#seed"),
-        ({"pretrained": "weights.pt"}, "the content of --pretrained, SHA-256 None"),
-        ({"datalist": "other.json"}, "the content of its --datalist"),
+        ({"pretrained": "weights.pt"}, "no --pretrained weights, and now it would be weights.pt"),
+        ({"datalist": "other.json"}, "another content of its data list, and now it would be that of other.json"),
     ],
 )
 def test_what_would_change_a_run_is_refused_with_both_values(run, tmp_path, monkeypatch, change, told):
@@ -137,7 +137,7 @@ def test_data_that_moved_and_other_processes_at_work(run, tmp_path, monkeypatch)
     monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
     with pytest.raises(RuntimeError) as caught:
         run()
-    assert "a number of processes of 1, and now it would be 2" in str(caught.value.__cause__)
+    assert "1 processes, and now it would be 2" in str(caught.value.__cause__)
 
 
 def test_cases_that_are_given_without_a_list_as_by_a_server(run, tmp_path):
