@@ -5,10 +5,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import LoadImaged, MapTransform
 
 from custom.data.datalist import case_name, check_modality
-from custom.data.nifti import check_header, corner_distance_mm
+from custom.data.nifti import check_header, corner_distance_mm, turn
 from custom.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class LoadLabeld(LoadScand):
         image_key: where the scan is.
 
     Shapes:
-        a path becomes a (1, D, H, W) uint8 `MetaTensor`.
+        a path becomes a (1, D, H, W) uint8 `MetaTensor`, in the scan's own order and direction of axes.
 
     Raises:
         BadInput: for a file that can't be read, has another shape or place in space than the scan, or holds anything
@@ -100,17 +101,22 @@ class LoadLabeld(LoadScand):
         for key in self.keys:
             label = self.load(key, data[key], data[key])
             of = f"its scan {image.meta['filename_or_obj']}"
-            if label.shape[1:] != image.shape[1:] or label.shape[0] != 1:
+            if label.ndim != 4 or label.shape[0] != 1:
+                raise BadInput(f"{data[key]} is not a 3D label map but has the shape {tuple(label.shape)}; split it.")
+            voxels, affine = turn(label[0].numpy(), label.affine.numpy(), image.affine.numpy())
+            if voxels.shape != image.shape[1:]:
                 raise BadInput(
-                    f"{data[key]} has the shape {tuple(label.shape[1:])}, {of} has {tuple(image.shape[1:])}; resample "
-                    f"the label map to the scan, or correct the data list."
+                    f"{data[key]} has the shape {voxels.shape}, {of} has {tuple(image.shape[1:])}; resample the label "
+                    f"map to the scan, or correct the data list."
                 )
-            distance_mm = corner_distance_mm(label.affine, image.affine, image.shape[1:])
+            distance_mm = corner_distance_mm(affine, image.affine, voxels.shape)
             if distance_mm > float(image.pixdim.min()) / 2:
                 raise BadInput(
-                    f"{data[key]} lies elsewhere than {of}: their affines put a corner {distance_mm:.3g} mm apart; "
-                    f"resample the label map to the scan, or copy the scan's affine if they do overlap."
+                    f"{data[key]} lies elsewhere than {of}: by their affines a corner is {distance_mm:.3g} mm apart; "
+                    f"resample the label map to the scan, or correct the header that is wrong."
                 )
+            # With the scan's own affine, so that both are resampled to the same voxels.
+            label = MetaTensor(voxels.copy()[None], image.affine, {"filename_or_obj": data[key]})
             ids = label.unique()
             wrong = [f"{id:g}" for id in ids.tolist() if id not in range(len(self.labels))]
             if wrong:
