@@ -52,15 +52,12 @@ def check_paths(config: dict[str, Any]) -> None:
         for id, value in walk(config[name], name):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 raise BadInput(f"`{id}` is the number {value}; write a folder of that name as ./{value} or in full.")
-            if (
-                isinstance(value, str)
-                and "::" in value
-                and not value.startswith(("$", "@", "%"))
-                and not Path(value).exists()
-            ):
+            if not isinstance(value, str) or value.startswith(("$", "@", "%")):
+                continue
+            if "::" in value and not Path(value).exists():
                 raise BadInput(
-                    f"`{id}` is {value}; a config can't hold a path with # or ::, since MONAI makes :: of a #, which has a "
-                    f"meaning of its own in a config; rename that file or folder."
+                    f"`{id}` is {value}; a path in a config can't have # or :: in it, since MONAI makes :: of a #, as of "
+                    f"that in an id; rename the file or folder."
                 )
 
 
