@@ -56,8 +56,8 @@ def check_paths(config: dict[str, Any]) -> None:
                 continue
             if "::" in value and not Path(value).exists():
                 raise BadInput(
-                    f"`{id}` is {value}; a path in a config can't have # or :: in it, since MONAI makes :: of a #, as of "
-                    f"that in an id; rename the file or folder."
+                    f"`{id}` is {value}; a path in a config can't have # or :: in it, since MONAI makes :: of a #, as "
+                    f"in an id; rename the file or folder."
                 )
 
 
