@@ -86,7 +86,7 @@ def test_a_restoration_shows_the_original_the_disrupted_and_the_restored_scan(tm
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_segmentation_shows_the_scan_the_label_and_the_segmentation(labelled, tmp_path):
-    """Painted where their own label maps are, in the colours that the legend explains; the scan is the first channel."""
+    """Painted where their own label maps are, in the colours of the legend; the scan is the first channel."""
     (scan,) = noise(1)
     label, pred = torch.zeros_like(scan), torch.zeros_like(scan)
     label[0, 1, 2:4, 3:5], pred[0, 3, 3:5, 4:6] = 1, 2
@@ -94,7 +94,10 @@ def test_a_segmentation_shows_the_scan_the_label_and_the_segmentation(labelled, 
     handler = SegmentationPictures(["background", "one", "two"])
     shown, figure = draw_case(handler, {"case": "folder/a.nii.gz"}, output, tmp_path)
     legend = figure.legends[0]
-    colours = {text.get_text(): patch.get_facecolor()[:3] for text, patch in zip(legend.texts, legend.get_patches())}
+    colours = {
+        text.get_text(): patch.get_facecolor()[:3]
+        for text, patch in zip(legend.texts, legend.get_patches(), strict=True)
+    }
     assert colours.keys() <= {"one", "two"} and len(set(colours.values())) == len(colours)
     maps = {"scan": torch.zeros_like(scan), "segmentation": pred} | ({"label": label} if labelled else {})
     for name, label_map in maps.items():
