@@ -1,5 +1,6 @@
 """Save what was made of a scan at the scan's own place."""
 
+import os
 from collections.abc import Mapping
 
 import nibabel
@@ -41,3 +42,8 @@ class PlaceWriter(NibabelWriter):
         if distance_mm > 1e-2:
             raise ValueError(f"What is saved to {filename} is not on its scan, but up to {distance_mm:g} mm off.")
         nibabel.save(image, filename)
+
+
+def name_by_case(meta: Mapping, _: object) -> dict:
+    """Name what `SaveImaged` writes by the case; where a program gives none, by the scan's file."""
+    return {"subject": meta.get("case") or os.path.basename(str(meta.get("filename_or_obj", 0))), "idx": None}
