@@ -133,7 +133,7 @@ def _walk(folder: str) -> list[str]:
 
 
 def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """(absolute file, modality, absolute label or "", patient or "") of all entries; a modality from the command line wins."""
+    """(absolute file, modality, absolute label or "", patient or "") of all entries; the command line's modality wins."""
     lists = read_json(path)
     found = []
     for key in ("training", "validation", "test"):
@@ -336,7 +336,7 @@ def _few(names: list[str]) -> str:
 
 
 def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan], twins: list[list[Scan]]) -> None:
-    """Print what each modality has, the ids of all labels, what was given twice, what is odd, what was refused and why."""
+    """Print what each modality has, the ids of all labels, what was given twice, what is odd, and what was refused."""
     table = [("modality", "training", "validation", "voxels", "spacing (mm)", "voxels in all")]
     for modality in sorted({scan.modality for scan, report, _ in rows if not report.reason}):
         mine = [(r, side) for scan, r, side in rows if scan.modality == modality and not r.reason]
@@ -458,8 +458,8 @@ def arguments(add: Callable) -> None:
     add("--folds", type=int, metavar="K", help="share the groups out to K folds and hold out fold 0, not a share")
     add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")
     add("--patient", metavar="REGEX", help="its first group in a file's full path names the patient, who is never "
-        "split; by default the \"patient\" of a JSON source, or what a name tells (sub-01, TCGA-02-0006, a folder): see "
-        "custom/data/cases.py")  # fmt: skip
+        "split; by default the \"patient\" of a JSON source, or what a name tells (sub-01, TCGA-02-0006, a folder): "
+        "see custom/data/cases.py")  # fmt: skip
     add("--strict", action="store_true", help="refuse scans with values that their modality can't have, such as a CT "
         "that is not in HU, which else are noted")  # fmt: skip
     add("--headers-only", action="store_true", help="do not read the voxels: quick, but misses broken files")
