@@ -133,7 +133,7 @@ def _walk(folder: str) -> list[str]:
 
 
 def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """(absolute file, modality, absolute label or "", patient or "") of all entries; the command line's modality wins."""
+    """(absolute file, modality, absolute label or "", patient or "") of all entries; the given modality wins."""
     lists = read_json(path)
     found = []
     for key in ("training", "validation", "test"):

@@ -152,7 +152,7 @@ def _parents(folder: str) -> list[str]:
 
 
 def _plain(path: str, contrast: re.Pattern) -> str:
-    """Return a path without suffix, contrasts and visits; something of a file's name is kept, unless it is a contrast."""
+    """Return a path without suffix, contrasts and visits; of a file's name some is kept, unless it is a contrast."""
     *folders, name = SUFFIX.sub("", path.replace(os.sep, "/")).split("/")
     name = contrast.sub("", name)
     kept = [part for folder in folders if (part := VISIT.sub("", contrast.sub("", folder)).strip("_-. "))]

@@ -153,7 +153,7 @@ class LoadLabeld(LoadScand):
 
 
 def whole_number(value: float) -> int | None:
-    """Return the id that a voxel of a label map means, which may have been rounded; None for a fraction or no number."""
+    """Return the id that a voxel of a label map means, perhaps rounded; None for a fraction or no number."""
     return round(value) if abs(value) < 2**31 and abs(value - round(value)) <= WHOLE_NUMBER_TOLERANCE else None
 
 
