@@ -11,6 +11,7 @@ import tempfile
 import venv
 from pathlib import Path
 
+import nibabel
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
@@ -33,9 +34,12 @@ SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "num_workers": 0}
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
-    """A folder with two subjects of each kind of phantom, 64 voxels wide."""
+    """A folder with two subjects of each kind of phantom, 64 voxels wide, and a third CT apart from them."""
     folder = tmp_path_factory.mktemp("phantoms")
     phantom.write(folder, subjects=2, shape=64, seed=0, kinds=("ct", "fetal", "brain"))
+    image, _, affine = phantom.abdomen_ct(2, 64)
+    (folder / "held_out").mkdir()
+    nibabel.Nifti1Image(image, affine).to_filename(folder / "held_out" / "ct_002.nii.gz")
     return folder
 
 
@@ -86,7 +90,8 @@ def foreign_python(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_list(tmp_path, phantom_list) -> Path:
     """A data list of two CTs to train on and one to validate."""
-    scans = [{"image": str(phantom_list.parent / f"ct/images/ct_00{n}.nii.gz"), "modality": "ct"} for n in (0, 1, 0)]
+    names = ("ct/images/ct_000", "ct/images/ct_001", "held_out/ct_002")
+    scans = [{"image": str(phantom_list.parent / f"{name}.nii.gz"), "modality": "ct"} for name in names]
     path = tmp_path / "small.json"
     path.write_text(json.dumps({"training": scans[:2], "validation": scans[2:]}))
     return path
