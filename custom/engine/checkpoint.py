@@ -1,5 +1,7 @@
 """Every way in which weights and states of runs are written and read."""
 
+import logging
+import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from custom.engine.config_check import running_workflow
 from custom.engine.run_record import RECORD, check_trained_alike, portable
 from custom.errors import BadInput
 from custom.files import read_json, replacing
+
+logger = logging.getLogger(__name__)
 
 
 class AtomicSaver:
@@ -77,7 +81,16 @@ class WeightsSaver:
         self.checkpoint = checkpoint
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.COMPLETED, self.checkpoint if isinstance(engine, Evaluator) else self.save_last)
+        engine.add_event_handler(Events.COMPLETED, self.save_best if isinstance(engine, Evaluator) else self.save_last)
+
+    def save_best(self, engine: Engine) -> None:
+        """Save the weights if they are the best so far; a score that is no number tells nothing of them."""
+        if math.isfinite(self.checkpoint.score_function(engine)):
+            self.checkpoint(engine)
+        else:
+            logger.warning(
+                "This validation has measured nothing, as without a labelled voxel: no weights are chosen by it."
+            )
 
     def save_last(self, engine: Engine) -> None:
         """Save the weights as they are, unless a validation has saved some."""
