@@ -89,7 +89,7 @@ class WeightsSaver:
             self.checkpoint(engine)
         else:
             logger.warning(
-                "This validation has measured nothing, as without a labelled voxel: no weights are chosen by it."
+                "This validation has measured nothing, as without a labelled voxel; it chooses no weights."
             )
 
     def save_last(self, engine: Engine) -> None:
