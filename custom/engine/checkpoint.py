@@ -88,9 +88,7 @@ class WeightsSaver:
         if math.isfinite(self.checkpoint.score_function(engine)):
             self.checkpoint(engine)
         else:
-            logger.warning(
-                "This validation has measured nothing, as without a labelled voxel; it chooses no weights."
-            )
+            logger.warning("This validation has measured nothing, as without a labelled voxel; it chooses no weights.")
 
     def save_last(self, engine: Engine) -> None:
         """Save the weights as they are, unless a validation has saved some."""

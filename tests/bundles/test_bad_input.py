@@ -189,8 +189,9 @@ def labelled(tmp_path, label=None, affine=None, **entry) -> dict:
         "image": write(tmp_path / "good.nii.gz", noise(64, 32, 32)),
         "label": str(tmp_path / "label.nii.gz"),
     } | entry
+    other = {"image": write(tmp_path / "other.nii.gz", noise(64, 32, 32)[::-1]), "label": case["label"]} | entry
     path = tmp_path / "list.json"
-    path.write_text(json.dumps({"training": [case], "validation": [case]}))
+    path.write_text(json.dumps({"training": [case], "validation": [other]}))
     return {"datalist": path, "output_dir": tmp_path, "ckpt_dir": tmp_path}
 
 
