@@ -96,21 +96,6 @@ def test_a_bundle_has_the_one_custom(bundle):
     assert (bundle / "custom").resolve() == ROOT / "custom"
 
 
-@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
-def test_every_id_that_a_user_may_set_is_documented(bundle):
-    documentation = (bundle / "docs" / "README.md").read_text()
-    contents = [
-        ConfigParser.load_config_file(config.values[0]) for config in CONFIGS if bundle in config.values[0].parents
-    ]
-    # A value or an expression is for users; a component is for those who read the config.
-    ids = {name for content in contents for name, value in content.items() if not isinstance(value, dict | list)}
-    ids |= {"modalities", "disruptions", "patch_size"} & set().union(*contents)
-    missing = {
-        name for name in ids - {"network", "rank", "pred_keys"} if f"`{name}`" not in documentation and "#" not in name
-    }
-    assert not missing
-
-
 def test_segmentation_bundles_differ_in_nothing_but_their_task():
     """So that what is mended in one is not forgotten in the other."""
     own = {"labels", "intensity", "pixdim_mm"}

@@ -1,4 +1,4 @@
-"""MONAI Label's own server with both segmentation bundles, over REST, as docs/monai_label.md says."""
+"""MONAI Label's own server with both segmentation bundles, over REST, as docs/howto/monai_label.md says."""
 
 import json
 import os
