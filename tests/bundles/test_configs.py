@@ -106,7 +106,7 @@ def test_a_bundle_has_the_one_custom(bundle):
 
 def test_segmentation_bundles_differ_in_nothing_but_their_task():
     """So that what is mended in one is not forgotten in the other."""
-    own = {"labels", "intensity", "pixdim_mm"}
+    own = {"labels", "modality", "intensity", "pixdim_mm"}
     first, *others = SEGMENTATION
     for name in ("train", "evaluate", "inference", "multi_gpu_train", "ensemble"):
         configs = [ConfigParser.load_config_file(bundle / f"configs/{name}.json") for bundle in (first, *others)]
