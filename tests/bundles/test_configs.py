@@ -112,7 +112,8 @@ def test_segmentation_bundles_differ_in_nothing_but_their_task():
         configs = [ConfigParser.load_config_file(bundle / f"configs/{name}.json") for bundle in (first, *others)]
         for config in configs:
             for transform in config.get("postprocessing", {}).get("transforms", []):
-                transform.pop("independent", None)
+                if isinstance(transform, dict):
+                    transform.pop("independent", None)
         assert {key: value for key, value in configs[0].items() if key not in own} == {
             key: value for key, value in configs[1].items() if key not in own
         }
