@@ -7,13 +7,7 @@ import numpy as np
 from monai.config import PathLike
 from monai.data import ImageWriter, NibabelWriter
 
-from custom.data.nifti import corner_distance_mm
-
-PLACE = (
-    *("sform_code", "srow_x", "srow_y", "srow_z"),
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("pixdim", "xyzt_units"),
-)
+from custom.data.nifti import PLACE, corner_distance_mm
 
 
 class PlaceWriter(NibabelWriter):
