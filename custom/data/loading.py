@@ -3,15 +3,19 @@
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
+import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImaged, MapTransform
 
-from custom.data.datalist import case_name, check_modality
+from custom.data.datalist import case_name, check_modality, warn_once
 from custom.data.nifti import PLACE, check_header, corner_distance_mm, turn
+from custom.data.values import Values
 from custom.errors import BadInput
 
+WHOLE_NUMBER_TOLERANCE = 1e-3  # of the ids in a label map of floats, as resampling and scaling leave them
+SHOWN_NAMES = 20  # of classes, in an error
 logger = logging.getLogger(__name__)
 
 
@@ -22,19 +26,30 @@ class LoadScand(LoadImaged):
         keys: the images to load; several channels are a list of files.
         channels: that the scan has to have.
         patch_size: if given, a volume smaller than it is noted in the log (it will be padded).
+        modality: of items that have none themselves. Values that it can't have are noted in the log.
+        strict: whether such values are an error.
 
     Shapes:
-        a path becomes a (channels, D, H, W) float32 `MetaTensor`. An item without a "case" is given one.
+        a path becomes a (channels, D, H, W) float32 `MetaTensor`. An item without a "case" is given one, which the
+        volume's meta data have too: outputs are named by it.
 
     Raises:
         BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
-            everywhere; and see `check_header`.
+            everywhere, or, if strict, values that can't be; and see `check_header`.
     """
 
-    def __init__(self, keys: KeysCollection, channels: int = 1, patch_size: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        channels: int = 1,
+        patch_size: Sequence[int] | None = None,
+        modality: str | None = None,
+        strict: bool = False,
+    ) -> None:
         super().__init__(keys, ensure_channel_first=True, image_only=True, allow_missing_keys=True)
         self.channels = channels
         self._patch_size = patch_size  # private, because the volume does not depend on it: see `custom.data.store`
+        self._modality, self._strict = modality, strict  # as little
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
         output = {"case": case_name(data), **data}
@@ -52,6 +67,12 @@ class LoadScand(LoadImaged):
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
             if image.min() == image.max():
                 raise BadInput(f"{path} has the same value {image.min().item():g} everywhere; take it out of the list.")
+            for channel in image.as_tensor().numpy():
+                if note := Values().add(channel).note(data.get("modality", self._modality)):
+                    if self._strict:
+                        raise BadInput(f"{path}: {note}; convert it, or take it out of the data list.")
+                    warn_once(f"{path}: {note}.")
+            image.meta["case"] = output["case"]
             if self._patch_size is not None and (torch.tensor(image.shape[1:]) < torch.tensor(self._patch_size)).any():
                 logger.warning(
                     f"{path} is {shape} voxels, smaller than the patch {'x'.join(map(str, self._patch_size))}, and is "
@@ -97,7 +118,8 @@ class LoadLabeld(LoadScand):
         image_key: where the scan is.
 
     Shapes:
-        a path becomes a (1, D, H, W) uint8 `MetaTensor`, in the scan's own order and direction of axes.
+        a path becomes a (1, D, H, W) `MetaTensor` of uint8, or the least signed integer that has the ids, in the
+        scan's own order and direction of axes.
 
     Raises:
         BadInput: for a file that can't be read, has another shape or place in space than the scan, or holds anything
@@ -118,13 +140,15 @@ class LoadLabeld(LoadScand):
                 raise BadInput(f"{data[key]} is not a 3D label map but has the shape {tuple(label.shape)}; split it.")
             label = match(label, data[key], image, f"its scan {image.meta['filename_or_obj']}")
             ids = label.unique()
-            wrong = [f"{id:g}" for id in ids.tolist() if id not in range(len(self.labels))]
+            wrong = [id for id in ids.tolist() if whole_number(id) not in range(len(self.labels))]
             if wrong:
                 raise BadInput(
-                    f"{data[key]} holds {', '.join(wrong[:5])}, but the ids go from 0 to {len(self.labels) - 1} "
-                    f"({', '.join(self.labels)}); correct the label map, or name all classes with --labels."
+                    f"{data[key]} holds {', '.join(map(digits, wrong[:5]))}, but the ids go from 0 to "
+                    f"{len(self.labels) - 1} ({', '.join(self.labels[:SHOWN_NAMES])}"
+                    f"{', ...' * (len(self.labels) > SHOWN_NAMES)}); correct the label map, or name all classes with "
+                    f"--labels."
                 )
-            output[key] = label.to(torch.uint8)
+            output[key] = label.round().to(id_type(len(self.labels)))
         return output
 
 
@@ -156,6 +180,21 @@ def match(volume: MetaTensor, file: str, other: MetaTensor, name: str) -> MetaTe
             f"one to the other, or correct the header that is wrong."
         )
     return MetaTensor(voxels, other.affine, {"filename_or_obj": file})
+
+
+def whole_number(value: float) -> int | None:
+    """Return the id that a voxel of a label map means, perhaps rounded; None for a fraction or no number."""
+    return round(value) if abs(value) < 2**31 and abs(value - round(value)) <= WHOLE_NUMBER_TOLERANCE else None
+
+
+def digits(value: float) -> str:
+    """Return a voxel's float32 value with as many digits as tell it from others."""
+    return np.format_float_positional(np.float32(value), trim="-")
+
+
+def id_type(classes: int) -> torch.dtype:
+    """Return the type of label maps of so many classes: all programs read uint8, int16 and int32."""
+    return torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
 
 
 class ByModalityd(MapTransform):

@@ -1,16 +1,14 @@
 """What NIfTI headers say of where a scan lies: checks, the same for training, inference and the tools."""
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import nibabel
 import numpy as np
 from nibabel.openers import ImageOpener
 
+from custom.data.cases import SUFFIX
+from custom.data.datalist import warn_once
 from custom.errors import BadInput
-
-logger = logging.getLogger(__name__)
 
 PLACE = (  # the fields of a header that say where the scan lies
     *("sform_code", "srow_x", "srow_y", "srow_z"),
@@ -31,13 +29,13 @@ def check_header(file: str) -> nibabel.Nifti1Header | None:
     Raises:
         BadInput: for a file that can't be used as it is, see `fault_of_header`.
     """
-    if not file.lower().endswith((".nii", ".nii.gz")):
+    if not SUFFIX.search(file):
         return None
     header = read_header(file)
     if fault := fault_of_header(header):
         raise BadInput(f"{file} {fault}; correct the header or take it out of the data list.")
     if doubt := doubt_of_header(header):
-        _warn_once(f"{file} {doubt}.")
+        warn_once(f"{file} {doubt}.")
     return header
 
 
@@ -136,8 +134,3 @@ def turn(voxels: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.
 
 def _mm(spacing_mm: np.ndarray) -> str:
     return f"{' x '.join(f'{s:g}' for s in spacing_mm)} mm"
-
-
-@functools.cache  # once for a file, not in every epoch
-def _warn_once(sentence: str) -> None:
-    logger.warning(sentence)

@@ -65,7 +65,7 @@ def test_in_each_epoch_the_processes_share_the_scans(whole):
 
 def test_a_process_of_two_nodes_dies_and_the_run_ends_as_if_it_had_not(whole, three_scans, tmp_path, monkeypatch):
     """The nodes are two torchruns with a process each; both start their process anew, from the last epoch's end."""
-    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see docs/scale.md
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # see docs/howto/several_gpus.md
     folder = tmp_path / "run"
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

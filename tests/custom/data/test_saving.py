@@ -11,6 +11,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.transforms import Compose, SaveImage
 
+from custom.data.datalist import find_scans
 from custom.data.nifti import PLACE
 from custom.data.saving import PlaceWriter
 from tests.conftest import SEGMENTATION
@@ -65,12 +66,10 @@ def segment():
         if key not in chains:
             parser = ConfigParser(json.loads((bundle / "configs/inference.json").read_text()))
             parser.update(overrides)
-            chains[key] = [
-                parser.get_parsed_content(name) for name in ("dataset#transform", "evaluator#postprocessing", "save")
-            ]
+            chains[key] = [parser.get_parsed_content(name) for name in ("dataset#transform", "label_maps", "save")]
         before, after, save = chains[key]
         save.saver.folder_layout.output_dir = str(out)
-        item = before({"image": str(scan)})
+        item = before(find_scans(str(scan))[0])
         bright = (item["image"] - item["image"].mean()).sign() * 50
         others = torch.full((len(json.loads((bundle / "configs/inference.json").read_text())["labels"]) - 2,
                              *bright.shape[1:]), -1e4)  # fmt: skip
@@ -170,12 +169,11 @@ def test_the_last_of_many_classes_keeps_its_id(classes, dtype, tmp_path):
     """From the class scores to the file."""
     parser = ConfigParser(json.loads((FETA / "configs/inference.json").read_text()))
     parser.update({"labels": [f"class {number}" for number in range(classes)], "output_dir": str(tmp_path)})
-    item = parser.get_parsed_content("dataset#transform")(
-        {"image": str(write(tmp_path / "a.nii", *HEADERS["neither"]))}
-    )
+    (scan,) = find_scans(str(write(tmp_path / "a.nii", *HEADERS["neither"])))
+    item = parser.get_parsed_content("dataset#transform")(scan)
     pred = torch.zeros(classes, *SHAPE)
     pred[-1, :, :4] = 1
-    parser.get_parsed_content("evaluator#postprocessing")({**item, "pred": MetaTensor(pred)})
+    parser.get_parsed_content("label_maps")({**item, "pred": MetaTensor(pred)})
     saved = nibabel.load(tmp_path / "a_seg.nii.gz")
     assert saved.get_data_dtype() == dtype and set(np.unique(saved.dataobj)) == {0, classes - 1}
 
@@ -193,6 +191,6 @@ def test_a_restored_volume_has_the_scan_s_place(tmp_path):
     parser = ConfigParser(json.loads((bundle / "configs/inference.json").read_text()))
     parser.update({"output_dir": str(tmp_path), "patch_size": [64, 32, 32]})
     scan = write(tmp_path / "scan.nii.gz", *HEADERS["qform elsewhere"])
-    item = parser.get_parsed_content("preprocessing")({"image": str(scan), "modality": "t1"})
+    item = parser.get_parsed_content("preprocessing")({**find_scans(str(scan))[0], "modality": "t1"})
     Compose(parser.get_parsed_content("postprocessing").transforms)({**item, "pred": item["original"].clone()})
     assert_on_scan(tmp_path / "scan_restored.nii.gz", scan)
