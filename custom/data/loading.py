@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged, MapTransform
 
 from custom.data.datalist import case_name, check_modality, warn_once
-from custom.data.nifti import check_header, corner_distance_mm, turn
+from custom.data.nifti import PLACE, check_header, corner_distance_mm, turn
 from custom.data.values import Values
 from custom.errors import BadInput
 
@@ -55,7 +55,7 @@ class LoadScand(LoadImaged):
         output = {"case": case_name(data), **data}
         for key in self.keys:
             path = data[key] if isinstance(data[key], str) else " and ".join(map(str, data[key]))
-            output[key] = image = self.load(key, data[key], path)
+            output[key] = image = self.load(key, data[key])
             shape = "x".join(map(str, image.shape[1:]))
             if image.shape[0] != self.channels or image.ndim != 4 or min(image.shape[1:]) < 2:
                 expected = "3D volume" if self.channels == 1 else f"3D volume of {self.channels} channels"
@@ -80,18 +80,32 @@ class LoadScand(LoadImaged):
                 )
         return output
 
-    def load(self, key: Hashable, file: str | Sequence[str], path: str) -> torch.Tensor:
-        """Load a file, or several as channels; `path` names them in an error."""
+    def load(self, key: Hashable, files: str | Sequence[str]) -> MetaTensor:
+        """Load a file, or several as channels, (C, D, H, W), placed as the (first) header says."""
+        if isinstance(files, str):
+            return self._load_one(key, files)
+        first, *others = (self._load_one(key, file) for file in files)
+        matched = [
+            match(image, file, first, f"its first channel {files[0]}")
+            for image, file in zip(others, files[1:], strict=True)
+        ]
+        return MetaTensor(torch.cat([image.as_tensor() for image in (first, *matched)]), meta=first.meta)
+
+    def _load_one(self, key: Hashable, file: str) -> MetaTensor:
         try:
             image = super().__call__({key: file})[key]
         except Exception as error:  # readers raise whatever the damage leads to
             cause = error.__cause__ or error
             raise BadInput(
-                f"{path} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
+                f"{file} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
                 f"or take it out of the data list (`python -m tools.datalist` finds such files)."
             ) from error
-        for one in [file] if isinstance(file, str) else file:
-            check_header(one)
+        header = check_header(file)
+        if header is not None:
+            # MONAI puts the qform, even one that does not count (code 0), in the place of a sform whose spacing differs
+            # from `pixdim` by more than 1e-5.
+            image.affine = torch.as_tensor(header.get_best_affine())
+            image.meta |= {name: header[name] for name in PLACE}
         return image
 
 
@@ -105,7 +119,7 @@ class LoadLabeld(LoadScand):
 
     Shapes:
         a path becomes a (1, D, H, W) `MetaTensor` of uint8, or the least signed integer that has the ids, in the
-            scan's own order and direction of axes.
+        scan's own order and direction of axes.
 
     Raises:
         BadInput: for a file that can't be read, has another shape or place in space than the scan, or holds anything
@@ -121,24 +135,10 @@ class LoadLabeld(LoadScand):
         output = dict(data)
         image = data[self.image_key]
         for key in self.keys:
-            label = self.load(key, data[key], data[key])
-            of = f"its scan {image.meta['filename_or_obj']}"
-            if label.ndim != 4 or label.shape[0] != 1:
+            label = self.load(key, data[key])
+            if label.shape[0] != 1 or label.ndim != 4:
                 raise BadInput(f"{data[key]} is not a 3D label map but has the shape {tuple(label.shape)}; split it.")
-            voxels, affine = turn(label[0].numpy(), label.affine.numpy(), image.affine.numpy())
-            if voxels.shape != image.shape[1:]:
-                raise BadInput(
-                    f"{data[key]} has the shape {voxels.shape}, {of} has {tuple(image.shape[1:])}; resample the label "
-                    f"map to the scan, or correct the data list."
-                )
-            distance_mm = corner_distance_mm(affine, image.affine, voxels.shape)
-            if distance_mm > float(image.pixdim.min()) / 2:
-                raise BadInput(
-                    f"{data[key]} lies elsewhere than {of}: by their affines a corner is {distance_mm:.3g} mm apart; "
-                    f"resample the label map to the scan, or correct the header that is wrong."
-                )
-            # With the scan's own affine, so that both are resampled to the same voxels.
-            label = MetaTensor(voxels.copy()[None], image.affine, {"filename_or_obj": data[key]})
+            label = match(label, data[key], image, f"its scan {image.meta['filename_or_obj']}")
             ids = label.unique()
             wrong = [id for id in ids.tolist() if whole_number(id) not in range(len(self.labels))]
             if wrong:
@@ -150,6 +150,36 @@ class LoadLabeld(LoadScand):
                 )
             output[key] = label.round().to(id_type(len(self.labels)))
         return output
+
+
+def match(volume: MetaTensor, file: str, other: MetaTensor, name: str) -> MetaTensor:
+    """Turn a volume to the axes of another, if both have the same voxels in space: to half a voxel.
+
+    Args:
+        volume: (C, D, H, W).
+        file: its name in an error.
+        other: (C, D, H, W).
+        name: of the other in an error.
+
+    Returns:
+        The volume with the affine of the other, so that both are resampled to the same voxels.
+
+    Raises:
+        BadInput: for a volume of another shape or place.
+    """
+    voxels, affine = turn(volume.numpy(), volume.affine.numpy(), other.affine.numpy())
+    if voxels.shape[1:] != other.shape[1:]:
+        raise BadInput(
+            f"{file} has the shape {voxels.shape[1:]}, {name} has {tuple(other.shape[1:])}; resample the one to the "
+            f"other, or correct the data list."
+        )
+    distance_mm = corner_distance_mm(affine, other.affine, voxels.shape[1:])
+    if distance_mm > float(other.pixdim.min()) / 2:
+        raise BadInput(
+            f"{file} lies elsewhere than {name}: by their affines a corner is {distance_mm:.3g} mm apart; resample the "
+            f"one to the other, or correct the header that is wrong."
+        )
+    return MetaTensor(voxels, other.affine, {"filename_or_obj": file})
 
 
 def whole_number(value: float) -> int | None:

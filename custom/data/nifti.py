@@ -1,36 +1,42 @@
 """What NIfTI headers say of where a scan lies: checks, the same for training, inference and the tools."""
 
-import functools
-import logging
 from collections.abc import Sequence
 
 import nibabel
 import numpy as np
 from nibabel.openers import ImageOpener
 
+from custom.data.cases import SUFFIX
+from custom.data.datalist import warn_once
 from custom.errors import BadInput
 
-logger = logging.getLogger(__name__)
-
+PLACE = (  # the fields of a header that say where the scan lies
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("pixdim", "xyzt_units"),
+)
 LEAST_SPACING_MM, MOST_SPACING_MM = 0.01, 100  # beyond, resampling would fill the memory
 SPACING_TOLERANCE = 0.01  # share of a spacing, for headers that round it
 PLACE_TOLERANCE = 0.1  # share of a voxel, for quaternions in single precision
 UNITS = {1: "metres", 3: "micrometres"}  # of `xyzt_units`; 2 is mm, and 0 is read as mm by all programs
 
 
-def check_header(file: str) -> None:
-    """Raise `BadInput` for a NIfTI file that can't be used as it is, and say in the log where its place is in doubt.
+def check_header(file: str) -> nibabel.Nifti1Header | None:
+    """Return the header of a NIfTI file, None for any other, and say in the log where its place is in doubt.
 
-    See `fault_of_header` and `doubt_of_header`. MONAI asks none of this: it replaces a senseless affine by a guess, and
-    takes the real part of a complex number.
+    See `doubt_of_header`.
+
+    Raises:
+        BadInput: for a file that can't be used as it is, see `fault_of_header`.
     """
-    if not file.lower().endswith((".nii", ".nii.gz")):
-        return
+    if not SUFFIX.search(file):
+        return None
     header = read_header(file)
     if fault := fault_of_header(header):
         raise BadInput(f"{file} {fault}; correct the header or take it out of the data list.")
     if doubt := doubt_of_header(header):
-        _warn_once(f"{file} {doubt}.")
+        warn_once(f"{file} {doubt}.")
+    return header
 
 
 def read_header(file: str) -> nibabel.Nifti1Header:
@@ -43,14 +49,15 @@ def read_header(file: str) -> nibabel.Nifti1Header:
     if not isinstance(image, nibabel.Nifti1Pair):
         raise BadInput(f"{file} is no volume but a {type(image).__name__}; take it out of the data list.")
     with ImageOpener(file) as stream:
-        return type(image.header).from_fileobj(stream, check=False)
+        return type(image.header).from_fileobj(stream, check=False).as_byteswapped("<")
 
 
 def fault_of_header(header: nibabel.Nifti1Header) -> str:
     """Say why a scan can't be used, as what follows its name in a sentence; "" where it can.
 
-    Its voxels are not one number each, its affine is senseless, or its spacing is in doubt: in another unit than mm,
-    unknown, or another one by `pixdim` than by the sform. ITK takes the one, nibabel and MONAI take the other.
+    Its voxels are not one number each, of which MONAI takes the real part; its affine is senseless, which MONAI
+    replaces by a guess; or its spacing is in doubt: in another unit than mm, unknown, or another one by `pixdim`,
+    which ITK takes, than by the sform, which nibabel takes.
     """
     if header.get_data_dtype().kind not in "iuf":
         return "does not have one number a voxel"
@@ -113,7 +120,7 @@ def turn(voxels: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.
     """Turn a volume to the axes of another, without resampling: axes are swapped and flipped.
 
     Args:
-        voxels: (D, H, W).
+        voxels: (C, D, H, W).
         affine: of the volume, (4, 4) in mm.
         other: affine whose axes the volume gets.
 
@@ -121,13 +128,9 @@ def turn(voxels: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.
         The turned volume and its affine; each voxel stays where it was in mm.
     """
     axes = nibabel.io_orientation(np.linalg.inv(other) @ affine)
-    return nibabel.apply_orientation(voxels, axes), affine @ nibabel.orientations.inv_ornt_aff(axes, voxels.shape)
+    turned = np.stack([nibabel.apply_orientation(channel, axes) for channel in voxels])
+    return turned, affine @ nibabel.orientations.inv_ornt_aff(axes, voxels.shape[1:])
 
 
 def _mm(spacing_mm: np.ndarray) -> str:
     return f"{' x '.join(f'{s:g}' for s in spacing_mm)} mm"
-
-
-@functools.cache  # once for a file, not in every epoch
-def _warn_once(sentence: str) -> None:
-    logger.warning(sentence)

@@ -8,13 +8,7 @@ import numpy as np
 from monai.config import PathLike
 from monai.data import ImageWriter, NibabelWriter
 
-from custom.data.nifti import corner_distance_mm
-
-PLACE = (
-    *("sform_code", "srow_x", "srow_y", "srow_z"),
-    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-    *("pixdim", "xyzt_units"),
-)
+from custom.data.nifti import PLACE, corner_distance_mm
 
 
 class PlaceWriter(NibabelWriter):
@@ -24,16 +18,18 @@ class PlaceWriter(NibabelWriter):
     the code 1, so that programs which take the other form put scan and label map apart. Nothing else is kept: a header
     may also hold what says who the patient is.
 
-    Args: see `NibabelWriter`; the scan's header is in the metadata of the `MetaTensor` to save.
+    Args: see `NibabelWriter`; the scan's header is in the metadata of the `MetaTensor` to save, if it is NIfTI.
     """
 
     def set_metadata(self, meta_dict: Mapping, resample: bool = True, **options) -> None:
         super().set_metadata(meta_dict, resample, **options)
-        self.header = nibabel.Nifti1Header()
-        for name in PLACE:
+        self.header = nibabel.Nifti1Header() if PLACE[0] in meta_dict else None
+        for name in PLACE if self.header is not None else ():
             self.header[name] = np.asarray(meta_dict[name])
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
+        if self.header is None:
+            return super().write(filename, verbose=verbose, **kwargs)
         ImageWriter.write(self, filename, verbose=verbose)
         self.header.set_data_dtype(self.output_dtype)
         # Without an affine: nibabel would write it over the forms.

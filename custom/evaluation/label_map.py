@@ -7,6 +7,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Invertd, InvertibleTransform, Transform
 
+from custom.data.loading import id_type
+
 VALUES_AT_ONCE = 2**27  # 1 GiB in the double precision that MONAI resamples in
 
 
@@ -24,7 +26,7 @@ class LabelMapd(Transform):
 
     Shapes:
         (classes, D, H, W) as the network sees the scan becomes (1, D, H, W) as the file has it, on the device of
-        the scan; uint8, or int16 of more than 256 classes.
+        the scan; see `id_type`.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class LabelMapd(Transform):
             for number, probability in enumerate(inverted.as_tensor(), first):
                 if most is None:
                     most = probability.clone()
-                    label_map = torch.zeros_like(most, dtype=torch.uint8 if len(scores) <= 256 else torch.int16)
+                    label_map = torch.zeros_like(most, dtype=id_type(len(scores)))
                 else:
                     label_map.masked_fill_(probability > most, number)
                     torch.maximum(most, probability, out=most)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from monai.networks import one_hot
-from monai.transforms import Compose
 
 from tests.conftest import SEGMENTATION, folders, metrics, monai_bundle
 from tools import datalist
@@ -61,7 +60,7 @@ def test_a_perfect_network_gives_back_the_labels(bundle, folder, name, real_data
     assert torch.equal(torch.as_tensor(shown["image"]), torch.as_tensor(given))
     logits = given.new_tensor(10 * one_hot(torch.as_tensor(shown["label"])[None], len(labels))[0])
     logits.copy_meta_from(given)
-    back = Compose(inference.get_parsed_content("postprocessing").transforms)({"pred": logits, "image": given})["pred"]
+    back = inference.get_parsed_content("postprocessing")({"pred": logits, "image": given})["pred"]
     truth, back = np.asarray(nibabel.load(label).dataobj), np.asarray(back[0])
     assert back.shape == truth.shape
     for number in range(1, len(labels)):
