@@ -1,12 +1,14 @@
 """Start a segmentation network from the weights of a pre-training."""
 
+import json
 import logging
 from pathlib import Path
 
 from monai.networks.utils import copy_model_state
 from torch import nn
 
-from custom.engine.checkpoint import read_weights
+from custom.engine.checkpoint import read_weights, training_of, weights_file
+from custom.engine.config_check import running_workflow
 from custom.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -49,13 +51,17 @@ def transfer(
             channels = own[name].shape[1]
             if value.shape[1] != channels and value[:, 0].shape == own[name][:, 0].shape:
                 wanted[name] = value.sum(1, keepdim=True).expand(-1, channels, -1, -1, -1) / channels
+    differences = training_differences(checkpoint)
     misfits = [name for name, value in wanted.items() if value.shape != own[name].shape]
     if misfits:
         found, needed = (tuple(state[misfits[0]].shape) for state in (weights, own))
         raise BadInput(
             f"The checkpoint {checkpoint} is of a network of another size: {misfits[0]} is {found} there and {needed} "
             f"here ({len(misfits)} tensors differ); give the --feature_size that it was trained with."
+            + "".join(f" It was trained with {difference}." for difference in differences)
         )
+    for difference in differences:
+        logger.warning(f"The checkpoint {checkpoint} was trained with {difference}.")
     if not wanted:
         raise BadInput(
             f"Nothing in the checkpoint {checkpoint} fits the network's {parts}: it has {len(weights)} tensors, such "
@@ -87,3 +93,16 @@ def transfer(
     if unused:
         logger.info(f"{len(unused)} of the checkpoint have no place in the network: {', '.join(unused[:4])}")
     return left
+
+
+def training_differences(checkpoint: str | Path) -> list[str]:
+    """Say in which sizes the training of weights, where it is known, and the config that is run differ."""
+    workflow = running_workflow()
+    trained = (training_of(weights_file(checkpoint)) or {}).get("settings") or {}
+    config = {} if workflow is None else workflow.parser.config
+    names = [name for name in ("feature_size", "pixdim_mm", "patch_size") if name in trained and name in config]
+    return [
+        f"{name} {json.dumps(trained[name])}, and here it is {json.dumps(config[name])}"
+        for name in names
+        if trained[name] != json.loads(json.dumps(config[name], default=str))
+    ]

@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from monai.bundle.reference_resolver import ReferenceResolver
 
 import custom
+from custom.engine.checkpoint import weights_file
 from custom.engine.config_check import running_workflow, walk
 from custom.engine.run_record import RECORD, digest, leaves, overrides, record_of
 from custom.errors import BadInput
@@ -73,6 +74,7 @@ def check_resumption(
         BadInput: that shows both values.
     """
     run, workflow = Path(run_dir), running_workflow()
+    pretrained = pretrained and weights_file(pretrained)
     known, record = run / "configs" / "train.json", run / RECORD
     if not resume or workflow is None or not known.is_file() or not any(run.glob("checkpoint_iteration=*.pt")):
         return
@@ -132,7 +134,7 @@ class RunBundle:
         self.ckpt_dir = Path(ckpt_dir)
         self.sources = {"datalist": os.path.abspath(datalist), "dataset_dir": os.path.abspath(dataset_dir)}
         if pretrained is not None:
-            self.sources["pretrained"] = os.path.abspath(pretrained)
+            self.sources["pretrained"] = os.path.abspath(weights_file(pretrained))
         self.seed = seed
         self.resume = resume
 

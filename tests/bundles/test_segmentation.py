@@ -182,7 +182,8 @@ def test_four_contrasts_start_from_single_channel_weights(pretrained, phantoms, 
     nibabel.Nifti1Image(bright, first.affine).to_filename(tmp_path / "label.nii.gz")
     entry = {"image": contrasts, "label": str(tmp_path / "label.nii.gz")}
     datalist = tmp_path / "list.json"
-    datalist.write_text(json.dumps({"training": [entry], "validation": [entry]}))
+    other = {**entry, "image": [contrast.replace("brain_000", "brain_001") for contrast in contrasts]}
+    datalist.write_text(json.dumps({"training": [entry], "validation": [other]}))
     more = {"datalist": datalist, "dataset_dir": phantoms, "in_channels": 4, "pretrained": pretrained, "max_epochs": 1}
     done = run(FETA, "train", learning_rate=0, **more, **folders(tmp_path))
     begun, source = weights(tmp_path), torch.load(pretrained, weights_only=True)
@@ -227,7 +228,7 @@ def test_fold_and_share_of_labels_are_ids_and_a_run_is_resumed(labelled_lists, t
     run(FETA, "train", max_epochs=1, **arguments, **folders(tmp_path))
     done = run(FETA, "train", max_epochs=2, **arguments, **folders(tmp_path))
     assert f"Resuming from {tmp_path}/checkpoint_iteration=1.pt" in done.stdout
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["images_fetal_000.png"]  # that of fold 0
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["fetal_000.png"]  # that of fold 0
 
 
 def test_cases_may_be_given_without_a_list_and_none_to_validate(labelled_lists, tmp_path):

@@ -1,4 +1,5 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def pretrained(tmp_path_factory):
 
 
 def segmentation_network(**kwargs):
-    return SwinUNETR(in_channels=kwargs.pop("in_channels", 1), out_channels=5, feature_size=12, **kwargs)
+    return SwinUNETR(in_channels=kwargs.pop("in_channels", 1), out_channels=5, **{"feature_size": 12, **kwargs})
 
 
 @pytest.mark.parametrize("parts, prefixes", [("encoder", ENCODER), ("decoder", DECODER), ("both", ENCODER + DECODER)])
@@ -158,3 +159,20 @@ def test_bad_checkpoints_are_refused_and_leave_the_network(pretrained, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     with pytest.raises(BadInput, match="larger.pt can't be loaded, it is of another network"):
         load_weights(network, tmp_path / "larger.pt")
+
+
+def test_sizes_that_differ_from_the_pre_training_s_are_told_with_both_values(tmp_path, caplog, monkeypatch):
+    state = autoencoder().state_dict()
+    state.training = {"settings": {"feature_size": 12, "pixdim_mm": [2, 2, 2], "patch_size": [64, 64, 64]}}
+    (tmp_path / "run" / "models").mkdir(parents=True)
+    torch.save(state, tmp_path / "run" / "models" / "model.pt")
+    config = {"feature_size": 12, "pixdim_mm": None, "patch_size": [64, 64, 64]}
+    workflow = SimpleNamespace(parser=SimpleNamespace(config=config))
+    monkeypatch.setattr("custom.transfer.running_workflow", lambda: workflow)
+    transfer(segmentation_network(), tmp_path / "run")  # the folder of a run stands for its weights
+    assert (
+        "was trained with pixdim_mm [2, 2, 2], and here it is null." in caplog.text and "patch_size" not in caplog.text
+    )
+    config["feature_size"] = 24
+    with pytest.raises(BadInput, match="of another size: .* It was trained with feature_size 12, and here it is 24"):
+        transfer(segmentation_network(feature_size=24), tmp_path / "run")
