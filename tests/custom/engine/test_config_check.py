@@ -55,7 +55,7 @@ def test_patches_that_do_not_fit(size):
     [
         ({"output_dir": 20261126}, "`output_dir` is the number 20261126; write a folder of that name as ./20261126"),
         ({"checkpoints": ["a.pt", 3]}, "`checkpoints#1` is the number 3"),
-        ({"dataset_dir": "/data/a::1"}, "`dataset_dir` is /data/a::1; a config can't hold a path with #"),
+        ({"dataset_dir": "/data/a::1"}, "`dataset_dir` is /data/a::1; a path in a config can't have # or ::"),
         ({"store": "runs/x::y"}, "`store` is runs/x::y"),
     ],
 )

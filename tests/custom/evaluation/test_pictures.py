@@ -64,14 +64,23 @@ def grey(values: np.ndarray, reference: torch.Tensor) -> np.ndarray:
     return ((values - low) / (high - low)).clip(0, 1)[..., None].repeat(3, -1)
 
 
+class Loader(list):
+    """Batches of cases, with the dataset that an evaluator's loader has."""
+
+    def __init__(self, batches) -> None:
+        super().__init__(batches)
+        items = [{"case": item["case"], "image": item["case"]} for batch in batches for item in batch]
+        self.dataset = SimpleNamespace(data=items)
+
+
 def draw_case(handler, item, output, tmp_path):
     """Let a handler draw a case, and return what its PNG shows and the figure."""
     engine = Engine(lambda engine, batch: [output])
     handler.output_dir = str(tmp_path)
     handler.attach(engine)
-    engine.run([[item]])
+    engine.run(Loader([[item]]))
     figure = handler.figure(item, output)
-    return panels(tmp_path / "folder_a.png", figure), figure
+    return panels(tmp_path / "a.png", figure), figure
 
 
 def test_a_restoration_shows_the_original_the_disrupted_and_the_restored_scan(tmp_path):
@@ -117,6 +126,19 @@ def test_as_many_cases_are_drawn_as_asked_for_in_every_epoch_and_in_tensorboard(
     drawn = []
     writer = SimpleNamespace(add_figure=lambda tag, figure, step, close: drawn.append((tag, step)))
     RestorationPictures(output_dir=str(tmp_path / "new"), summary_writer=writer, cases=2).attach(engine)
-    engine.run(batches, max_epochs=2)
+    engine.run(Loader(batches), max_epochs=2)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"a.png", "b.png"}
     assert drawn == [(f"restoration/{name}.nii", step) for step in (1, 2) for name in "ab"]
+
+
+def test_cases_of_one_file_name_have_pictures_of_their_own(tmp_path):
+    (volume,) = noise(1)
+    cases = [f"patient{number}/t2.nii.gz" for number in (1, 2)]
+    batches = [[{"original": volume, "case": case, "modality": "t2"}] for case in cases]
+    engine = Engine(lambda engine, batch: [{"image": volume, "pred": volume}])
+    RestorationPictures(output_dir=str(tmp_path)).attach(engine)
+    engine.run(Loader(batches))
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")} == {
+        "patient1/t2.png",
+        "patient2/t2.png",
+    }
