@@ -133,7 +133,7 @@ def _walk(folder: str) -> list[str]:
 
 
 def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """(absolute file, modality, absolute label or "", patient or "") of all entries; the given modality wins."""
+    """(absolute file, modality, absolute label, patient) of all entries; a modality from the command line wins."""
     lists = read_json(path)
     found = []
     for key in ("training", "validation", "test"):
@@ -336,7 +336,7 @@ def _few(names: list[str]) -> str:
 
 
 def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan], twins: list[list[Scan]]) -> None:
-    """Print what each modality has, the ids of all labels, what was given twice, what is odd, and what was refused."""
+    """Print what each modality has, the ids of all labels, what is there twice or odd, what was refused and why."""
     table = [("modality", "training", "validation", "voxels", "spacing (mm)", "voxels in all")]
     for modality in sorted({scan.modality for scan, report, _ in rows if not report.reason}):
         mine = [(r, side) for scan, r, side in rows if scan.modality == modality and not r.reason]
@@ -411,7 +411,7 @@ def build(options: argparse.Namespace) -> None:
     if not groups:
         raise BadInput(f"None of the {len(scans)} files can be used, so nothing was written.")
     if len(groups) < (options.folds or 0):
-        raise BadInput(f"--folds {options.folds} is more than the {len(groups)} groups (patients): use fewer.")
+        raise BadInput(f"--folds {options.folds} is more than the {len(groups)} patients: use fewer.")
 
     lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
     for scan in sorted(accepted, key=lambda scan: name(scan.path)):
@@ -423,7 +423,7 @@ def build(options: argparse.Namespace) -> None:
     bundle = "dae_pretraining" if bare else "btcv_ct_segmentation" if ct else "feta_mri_segmentation"
     purpose = "self-supervised pre-training" if bare else "segmentation"
     held = f"{options.folds} folds, fold 0" if folds else f"{share:g}"
-    about = f"{len(groups)} groups of 3D scans for {purpose}, {held} held out"
+    about = f"{len(groups)} patients' 3D scans for {purpose}, {held} held out"
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(("path", "label", "modality", "split", "shape", "spacing_mm", "status", "reason", "values"))
@@ -454,12 +454,11 @@ def arguments(add: Callable) -> None:
     add("--labels", nargs="*", metavar="FROM=TO", help="for segmentation (write it after the sources): a scan's label "
         "is the one named in its JSON source, else its path with the last FROM replaced by TO, pair by pair, say "
         "'imagesTr=labelsTr img=label' or '_T2w=_dseg'; a label is never listed as a scan")  # fmt: skip
-    add("--validation", type=float, metavar="SHARE", help=f"share of the groups to hold out ({VALIDATION})")
-    add("--folds", type=int, metavar="K", help="share the groups out to K folds and hold out fold 0, not a share")
+    add("--validation", type=float, metavar="SHARE", help=f"share of the patients to hold out ({VALIDATION})")
+    add("--folds", type=int, metavar="K", help="share the patients out to K folds and hold out fold 0, not a share")
     add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")
-    add("--patient", metavar="REGEX", help="its first group in a file's full path names the patient, who is never "
-        "split; by default the \"patient\" of a JSON source, or what a name tells (sub-01, TCGA-02-0006, a folder): "
-        "see custom/data/cases.py")  # fmt: skip
+    add("--patient", metavar="REGEX", help="its first group in a file's full path names the patient, never split; by "
+        'default the "patient" of a JSON source, or what a path tells, such as sub-01 or p7/a.nii')  # fmt: skip
     add("--strict", action="store_true", help="refuse scans with values that their modality can't have, such as a CT "
         "that is not in HU, which else are noted")  # fmt: skip
     add("--headers-only", action="store_true", help="do not read the voxels: quick, but misses broken files")

@@ -16,10 +16,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from custom.data.loading import digits, whole_number
 from custom.data.nifti import corner_distance_mm, fault_of_affine
 from custom.data.twins import VoxelDigest
-from custom.data.values import Values
+from custom.data.values import Values, digits, whole_number
 
 SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
 DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
@@ -156,25 +155,17 @@ def _check(
             def telling(slab: np.ndarray) -> np.ndarray:
                 if is_label:
                     return np.unique(slab)
-                voxels = training_values(slab)
-                seen.add(voxels)
-                digest.add(voxels)
+                trained = scaled(slab, voxels)
+                seen.add(trained)
+                digest.add(trained)
                 return np.array([slab.min(), slab.max()])  # scaling is monotone
 
-            def training_values(stored: np.ndarray) -> np.ndarray:
-                """Turn stored values into what training makes of them."""
-                if image.dataobj.slope == 1 and image.dataobj.inter == 0:
-                    return stored.astype(np.float32)
-                return np.float32(stored.astype(float) * float(image.dataobj.slope) + float(image.dataobj.inter))
-
             slabs = map(telling, _slabs(stream, voxels.dtype, size))
-            values = training_values(reduce(np.union1d, slabs, np.array([], voxels.dtype)))
+            values = scaled(reduce(np.union1d, slabs, np.array([], voxels.dtype)), voxels)
             if is_label:
-                wrong = [
-                    value for value in values.tolist() if (whole_number(value) or 0) < 0 or whole_number(value) is None
-                ]
-                if wrong:
-                    raise Refusal(f"a voxel is {digits(wrong[0])}, not a whole number from 0 on")
+                for value in values.tolist():
+                    if (number := whole_number(value)) is None or number < 0:
+                        raise Refusal(f"a voxel is {digits(value)}, not a whole number from 0 on")
                 found["ids"] = tuple(sorted(set(map(whole_number, values.tolist()))))
             elif not np.isfinite(values).all():
                 raise Refusal("NaN or infinite voxels")
@@ -183,6 +174,13 @@ def _check(
             else:
                 found |= {"values": seen.note(modality), "digest": digest.text()}
         return image.affine
+
+
+def scaled(stored: np.ndarray, voxels: nib.arrayproxy.ArrayProxy) -> np.ndarray:
+    """Return what training makes of stored values."""
+    if voxels.slope == 1 and voxels.inter == 0:
+        return stored.astype(np.float32)
+    return np.float32(stored.astype(float) * float(voxels.slope) + float(voxels.inter))
 
 
 def _slabs(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> Iterator[np.ndarray]:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-CONTRASTS = [
+CONTRASTS = (
     "ct",
     "t1",
     "t1c",
@@ -22,14 +22,8 @@ CONTRASTS = [
     "flair",
     "pd",
     "pdw",
-    "dwi",
-    "adc",
-    "swi",
-    "mra",
-    "pet",
-    "mprage",
-    "bold",
-]
+)
+CONTRASTS += ("dwi", "adc", "swi", "mra", "pet", "mprage", "bold")
 # What tells a scan of a patient from another: BIDS entities, numbered words, words, dates.
 VISIT = re.compile(
     r"(?:^|(?<=[_\-. ]))(?:"
@@ -152,7 +146,7 @@ def _parents(folder: str) -> list[str]:
 
 
 def _plain(path: str, contrast: re.Pattern) -> str:
-    """Return a path without suffix, contrasts and visits; of a file's name some is kept, unless it is a contrast."""
+    """Return a path without suffix, contrasts and visits; of a file's name something is kept, if it is no contrast."""
     *folders, name = SUFFIX.sub("", path.replace(os.sep, "/")).split("/")
     name = contrast.sub("", name)
     kept = [part for folder in folders if (part := VISIT.sub("", contrast.sub("", folder)).strip("_-. "))]
@@ -183,9 +177,10 @@ def _guess(paths: Sequence[str]) -> Iterator[str]:
             scans[kind][begin].add(path[len(begin) :])
     fits = set()
     for kind, by_patient in scans.items():
-        enough = max(map(len, by_patient.values())) <= len(by_patient)
+        rest = set().union(*by_patient.values())
+        # A part that all names share, such as "BraTS2021", tells nobody.
+        enough = max(map(len, by_patient.values())) <= len(by_patient) and (len(by_patient) > 1 or rest == {""})
         if kind.endswith("/*"):  # folders without a number are patients where they hold the same files
-            rest = set().union(*by_patient.values())
             enough &= len(rest) <= len(by_patient) and sum(map(len, by_patient.values())) > len(rest)
         if enough:
             fits.add(kind)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
@@ -11,10 +10,9 @@ from monai.transforms import LoadImaged, MapTransform
 
 from custom.data.datalist import case_name, check_modality, warn_once
 from custom.data.nifti import PLACE, check_header, corner_distance_mm, turn
-from custom.data.values import Values
+from custom.data.values import Values, digits, whole_number
 from custom.errors import BadInput
 
-WHOLE_NUMBER_TOLERANCE = 1e-3  # of the ids in a label map of floats, as resampling and scaling leave them
 SHOWN_NAMES = 20  # of classes, in an error
 logger = logging.getLogger(__name__)
 
@@ -180,16 +178,6 @@ def match(volume: MetaTensor, file: str, other: MetaTensor, name: str) -> MetaTe
             f"one to the other, or correct the header that is wrong."
         )
     return MetaTensor(voxels, other.affine, {"filename_or_obj": file})
-
-
-def whole_number(value: float) -> int | None:
-    """Return the id that a voxel of a label map means, perhaps rounded; None for a fraction or no number."""
-    return round(value) if abs(value) < 2**31 and abs(value - round(value)) <= WHOLE_NUMBER_TOLERANCE else None
-
-
-def digits(value: float) -> str:
-    """Return a voxel's float32 value with as many digits as tell it from others."""
-    return np.format_float_positional(np.float32(value), trim="-")
 
 
 def id_type(classes: int) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Whether the voxels of a scan are what its modality should have: Hounsfield units, and more than one value."""
+"""What values voxels can have: those of a scan by its modality, and those of a label map."""
 
 from collections import Counter
 
@@ -6,6 +6,7 @@ import numpy as np
 
 MOST_OF_ONE_VALUE = 0.98  # share; of the real scans that were looked at a small fetal brain in air has most, 0.972
 LEAST_SHARE = 0.001  # of voxels, below which there is none of a tissue
+WHOLE_NUMBER_TOLERANCE = 1e-3  # of the ids in a label map of floats, as resampling and scaling leave them
 
 
 class Values:
@@ -47,3 +48,13 @@ class Values:
         if modality not in (None, "ct") and self.lung > LEAST_SHARE * self.voxels:
             return f"{span}, as of a CT in HU"
         return ""
+
+
+def whole_number(value: float) -> int | None:
+    """Return the id that a voxel of a label map means, which may be off by rounding; None for what is no id."""
+    return round(value) if abs(value) < 2**31 and abs(value - round(value)) <= WHOLE_NUMBER_TOLERANCE else None
+
+
+def digits(value: float) -> str:
+    """Return a voxel's float32 value with as many digits as tell it from others."""
+    return np.format_float_positional(np.float32(value), trim="-")
