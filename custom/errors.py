@@ -47,15 +47,17 @@ def report_errors(folder: str | Path) -> None:
     def hook(kind, error, trace):
         if not isinstance(error, Exception):
             return sys.__excepthook__(kind, error, trace)
-        message = user_message(error)
-        if message is None:
-            sys.__excepthook__(kind, error, trace)
-        else:
-            print(f"\nerror: {message}", file=sys.stderr)
+        kept = ""
         with contextlib.suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("".join(traceback.format_exception(kind, error, trace)))
-            print(f"The whole traceback is in {file}.", file=sys.stderr)
+            kept = f" (The traceback is kept in {file}.)"
+        message = user_message(error)
+        if message is None:
+            sys.__excepthook__(kind, error, trace)
+            print(f"This is a fault of the program, not of yours.{kept}", file=sys.stderr)
+        else:
+            print(f"\nerror: {message}{kept}", file=sys.stderr)
 
     sys.excepthook = hook
     for handler in logging.getLogger().handlers:

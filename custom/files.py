@@ -9,7 +9,7 @@ from typing import Any
 
 from custom.errors import BadInput
 
-LINE = 110  # characters
+LINE = 119  # characters
 NAMES = {dict: "object", list: "list"}
 
 
@@ -70,7 +70,7 @@ def read_json(file: str | Path, kind: type = dict) -> Any:
         BadInput: for a file that can't be read, or holds something else.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        content = json.loads(Path(file).read_bytes())  # of UTF-8 or UTF-16
     except OSError as error:
         raise BadInput(f"{file} can't be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:

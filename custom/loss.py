@@ -1,10 +1,15 @@
-"""The loss of pre-training: reconstruction (L1) plus cross-modal contrastive (CMCL)."""
+"""The loss of pre-training, reconstruction (L1) plus cross-modal contrastive (CMCL), and that of fine-tuning."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from monai.losses import DiceCELoss
 from torch import nn
 from torch.distributed.nn.functional import all_gather
+
+from custom.errors import BadInput
 
 
 class CrossModalContrastiveLoss(nn.Module):
@@ -79,3 +84,29 @@ class DisruptiveLoss(nn.Module):
             contrastive = self.contrastive(embedding, target["modality"])
         self.parts = {"reconstruction": reconstruction.detach(), "contrastive": contrastive.detach()}
         return reconstruction + self.contrastive_weight * contrastive
+
+
+class WeightedDiceCELoss(DiceCELoss):
+    """MONAI's `DiceCELoss`, whose weights of the classes may be a list, as a config has them, and follow the input.
+
+    Args:
+        weight: of each class, background first; None weighs all alike.
+        args, kwargs: see `DiceCELoss`.
+
+    Shapes:
+        as `DiceCELoss`.
+
+    Raises:
+        BadInput: for another number of weights than of classes.
+    """
+
+    def __init__(self, *args, weight: Sequence[float] | torch.Tensor | None = None, **kwargs) -> None:
+        weights = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        super().__init__(*args, weight=weights, **kwargs)
+        self.count = None if weights is None else weights.numel()
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.count not in (None, input.shape[1]):
+            raise BadInput(f"--loss#weight has {self.count} weights, and there are {input.shape[1]} classes.")
+        self.to(input.device)  # nobody else moves a loss
+        return super().forward(input, target)

@@ -14,24 +14,28 @@ logger = logging.getLogger(__name__)
 PARTS = {"encoder": ("swinViT.", "encoder"), "decoder": ("decoder",), "both": ("swinViT.", "encoder", "decoder")}
 
 
-def transfer(network: nn.Module, checkpoint: str | Path | None, parts: str = "both") -> dict[str, str]:
+def transfer(
+    network: nn.Module, checkpoint: str | Path | None, parts: str = "both", least_share: float = 0.5
+) -> dict[str, str]:
     """Copy the weights of a pre-training into a network, by name, and report what came over in the log.
 
     The encoder is the Swin transformer with the blocks `encoder1` to `encoder10` that lead out of it, the decoder the
-    blocks `decoder1` to `decoder5`. The output layer is always new. Where the network has more input channels than the
-    checkpoint's single one, its first layers start from that channel's weights, divided by the number of channels, so
-    that they give what they gave for the mean of the channels.
+    blocks `decoder1` to `decoder5`. The output layer is always new. Where the network has another number of input
+    channels than the checkpoint, each channel's weights in its first layers are the sum of the checkpoint's over its
+    channels, divided by the network's number of channels: they give what they gave for the mean of the channels.
 
     Args:
         network: a `SwinUNETR`, changed in place.
         checkpoint: file of the pre-training's weights, None to start from scratch.
         parts: "encoder", "decoder" or "both".
+        least_share: of the tensors of these parts, in [0, 1], which have to come from the checkpoint.
 
     Returns:
         name of each of the network's tensors that stays as it is, and why.
 
     Raises:
-        BadInput: for a checkpoint that can't be read, of which nothing fits, or of a network of another size.
+        BadInput: for a checkpoint that can't be read, of which nothing or too little fits, or of a network of another
+            size.
     """
     if parts not in PARTS:
         raise BadInput(f"--transfer is one of {list(PARTS)}, got {parts!r}.")
@@ -41,9 +45,10 @@ def transfer(network: nn.Module, checkpoint: str | Path | None, parts: str = "bo
     weights, own = read_weights(checkpoint), network.state_dict()
     wanted = {name: value for name, value in weights.items() if name in own and name.startswith(PARTS[parts])}
     for name, value in wanted.items():
-        channels = own[name].shape[1] if own[name].ndim == 5 else 1
-        if value.ndim == 5 and value.shape[1] == 1 < channels:
-            wanted[name] = value.expand(-1, channels, -1, -1, -1) / channels
+        if value.ndim == own[name].ndim == 5:  # convolutions, (to, from, ...)
+            channels = own[name].shape[1]
+            if value.shape[1] != channels and value[:, 0].shape == own[name][:, 0].shape:
+                wanted[name] = value.sum(1, keepdim=True).expand(-1, channels, -1, -1, -1) / channels
     misfits = [name for name, value in wanted.items() if value.shape != own[name].shape]
     if misfits:
         found, needed = (tuple(state[misfits[0]].shape) for state in (weights, own))
@@ -56,6 +61,15 @@ def transfer(network: nn.Module, checkpoint: str | Path | None, parts: str = "bo
             f"Nothing in the checkpoint {checkpoint} fits the network's {parts}: it has {len(weights)} tensors, such "
             f"as {', '.join(list(weights)[:3])}; name the model.pt of a pre-training."
         )
+    asked = [name for name in own if name.startswith(PARTS[parts])]
+    came = f"{len(wanted)} of the {len(asked)} tensors of --transfer {parts}, {len(wanted) / len(asked):.0%}"
+    if len(wanted) < least_share * len(asked):
+        raise BadInput(
+            f"The checkpoint {checkpoint} has {came}; name the model.pt of a pre-training, a part that it has with "
+            f"--transfer, or allow so few with --least_transferred."
+        )
+    if len(wanted) < len(asked):
+        logger.warning(f"The checkpoint {checkpoint} has {came}; the others start anew.")
     copy_model_state(network, wanted)
     left = {
         name: "the output layer is new"

@@ -2,15 +2,19 @@
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import venv
 from pathlib import Path
 
+import nibabel
 import pytest
 import torch
 from monai.networks.nets import SwinUNETR
@@ -33,9 +37,12 @@ SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "num_workers": 0}
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
-    """A folder with two subjects of each kind of phantom, 64 voxels wide."""
+    """A folder with two subjects of each kind of phantom, 64 voxels wide, and a third CT apart from them."""
     folder = tmp_path_factory.mktemp("phantoms")
     phantom.write(folder, subjects=2, shape=64, seed=0, kinds=("ct", "fetal", "brain"))
+    image, _, affine = phantom.abdomen_ct(2, 64)
+    (folder / "held_out").mkdir()
+    nibabel.Nifti1Image(image, affine).to_filename(folder / "held_out" / "ct_002.nii.gz")
     return folder
 
 
@@ -86,7 +93,8 @@ def foreign_python(tmp_path_factory) -> Path:
 @pytest.fixture
 def small_list(tmp_path, phantom_list) -> Path:
     """A data list of two CTs to train on and one to validate."""
-    scans = [{"image": str(phantom_list.parent / f"ct/images/ct_00{n}.nii.gz"), "modality": "ct"} for n in (0, 1, 0)]
+    names = ("ct/images/ct_000", "ct/images/ct_001", "held_out/ct_002")
+    scans = [{"image": str(phantom_list.parent / f"{name}.nii.gz"), "modality": "ct"} for name in names]
     path = tmp_path / "small.json"
     path.write_text(json.dumps({"training": scans[:2], "validation": scans[2:]}))
     return path
@@ -135,30 +143,62 @@ def overrides(**values) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name.replace('__', '#')}", str(value))]
 
 
-def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(sys.executable,), cwd=None, **values):
-    """Run `python -m monai.bundle run` on a bundle's configs, as documented; return the finished process."""
+def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(), ranks: int = 1, cwd=None, **values):
+    """Run `python -m monai.bundle run` on a bundle's configs, as documented; return the finished process.
+
+    Args:
+        launcher: what starts it in place of `python`, such as `TORCHRUN`.
+        ranks: run so many processes, with the variables that `torchrun` gives them; it imports everything anew in each.
+    """
     files = [str(bundle / "configs" / f"{name}.json") for name in configs]
     config_file = files[0] if len(files) == 1 else str(files)
-    command = [*launcher, "-m", "monai.bundle", "run", "--config_file", config_file]
-    command += overrides(**{"bundle_root": bundle, **SMALL, **values})
-    run = run_module if len(launcher) == 1 else subprocess.run
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return run(command, cwd=cwd or ROOT.parent, env=environment, capture_output=True, text=True, timeout=500)
+    module = ["monai.bundle", "run", "--config_file", config_file]
+    # A picture takes as long as a training step of the small network, and so does each window.
+    quick = {"val_pictures": 0} if "train" in configs else {}
+    quick |= {"overlap": 0} if "inference" in configs or bundle.name.endswith("segmentation") else {}
+    module += overrides(**{"bundle_root": bundle, **SMALL, **quick, **values})
+    cwd = cwd or ROOT.parent
+    if launcher:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        command = [*launcher, "-m", *module]
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500)
+    if ranks == 1:
+        return run_module(module, cwd, [{}])
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return run_module(module, cwd, [{"RANK": str(rank), "LOCAL_RANK": str(rank), **group} for rank in range(ranks)])
 
 
-def run_module(command: list[str], cwd: Path, timeout: float, **_) -> subprocess.CompletedProcess:
-    """As `subprocess.run` of `python -m`, forked from a server that has imported MONAI already: that takes seconds."""
+def fork_server() -> multiprocessing.context.BaseContext:
+    """A server to fork processes from that has imported what takes seconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
+    context.set_forkserver_preload(["tests.preload"])  # of no effect once it runs
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def run_module(argv: list[str], cwd: Path, environments: list[dict[str, str]]) -> subprocess.CompletedProcess:
+    """As `subprocess.run` of `python -m`, in a process for each environment, but forked from a server."""
+    context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = context.Process(target=preload.run_module, args=(command[2:], cwd, *files))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(command, timeout)
-        return subprocess.CompletedProcess(command, process.exitcode, *(file.read_text() for file in files))
+        files = [[Path(folder, f"{n}.{name}") for name in ("stdout", "stderr")] for n in range(len(environments))]
+        processes = [
+            context.Process(target=preload.run_module, args=(argv, cwd, environment, *pair))
+            for environment, pair in zip(environments, files, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 500
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+        if any(process.exitcode is None for process in processes):
+            for process in processes:
+                process.kill()
+            raise subprocess.TimeoutExpired(argv, 500)
+        status = max(abs(process.exitcode) for process in processes)
+        outputs = ["".join(file.read_text() for file in output) for output in zip(*files, strict=True)]
+        return subprocess.CompletedProcess(argv, status, *outputs)
 
 
 def metrics(output_dir: Path) -> list[dict]:

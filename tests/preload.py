@@ -6,14 +6,18 @@ import runpy
 import sys
 from pathlib import Path
 
+import blosc2  # noqa: F401
+import fire  # noqa: F401
 import ignite.engine  # noqa: F401
-import matplotlib.pyplot  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401
 import monai.bundle  # noqa: F401
+import torch._inductor  # noqa: F401  `torch.use_deterministic_algorithms` imports it
 import torch.utils.tensorboard  # noqa: F401
 
 
-def run_module(argv: list[str], cwd: Path, stdout: Path, stderr: Path) -> None:
-    """Become `python -m` with these arguments, in a folder and with files for its output."""
+def run_module(argv: list[str], cwd: Path, environment: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """Become `python -m` with these arguments, in a folder, with more variables, and with files for its output."""
+    os.environ.update(environment)
     for path, stream in ((stdout, sys.stdout), (stderr, sys.stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
     os.chdir(cwd)

@@ -1,6 +1,6 @@
 """Measure whether pre-training helps: fine-tune with few labels from several pre-trainings, and from scratch.
 
-    python -m tools.benchmark TASK.json OUT [--section testing] [--methods scratch all] [--counts 4] [--seeds 0 1]
+    python -m tools.benchmark TASK.json OUT [--section testing] [--methods scratch DAE] [--counts 4] [--seeds 0 1]
 
 It only runs the bundles, each run in a folder of its own in OUT. Interrupted, the same command goes on, and what was
 finished is not run again. Written to OUT: runs.csv (a row a run), table.md (mean, standard deviation, paired tests),
@@ -44,18 +44,18 @@ from custom.text import markdown_table
 from tools._cli import ROOT, tool
 
 BUNDLES = ROOT / "bundles"
-# What a pre-training overrides of the paper's, which is "all".
+# What a pre-training overrides of the paper's, which is "DAE".
 METHODS: dict[str, dict[str, Any] | None] = {
     "scratch": None,
     "token masking": {"disruptions": ["token_masking"], "contrastive_weight": 0},
     "noise": {"disruptions": ["noise"]},
     "downsampling": {"disruptions": ["downsampling"]},
     "local masking": {"disruptions": ["local_masking"]},
-    "all": {},
-    "all, no contrastive loss": {"contrastive_weight": 0},
-    "all, no full-resolution skip": {"full_resolution_skip": False},
+    "DAE": {},
+    "DAE, no contrastive loss": {"contrastive_weight": 0},
+    "DAE, no full-resolution skip": {"full_resolution_skip": False},
 }
-OURS, RIVALS = "all", ("scratch", "token masking")  # of the paired tests
+OURS, RIVALS = "DAE", ("scratch", "token masking")  # of the paired tests
 VALIDATIONS = 4  # in a fine-tuning, at the most: the points of its learning curve
 # Of the checkpoints that are validated the last is kept, so that all methods train equally long and no case chooses.
 LAST = {"best_checkpoint#score_function": "$lambda evaluator: evaluator.state.epoch"}

@@ -1,18 +1,19 @@
 """Tell how alike the features of two networks are, stage by stage: linear centred kernel alignment (CKA).
 
-    python -m tools.cka OUT --bundle bundles/feta_mri_segmentation --checkpoint fine.pt --other pre.pt --datalist L.json
+    python -m tools.cka OUT RUN OTHER
+    python -m tools.cka OUT RUN pre.pt --other_bundle bundles/dae_pretraining
 
-Each checkpoint, of a pre-training or a segmentation, is loaded into its bundle's network in eval mode, where nothing is
-masked. Both networks see the same crops, undisrupted and preprocessed as by --bundle, and are compared at the same
-positions. CKA is 1 for features that differ by a rotation and a scale only, and about 0 for unrelated ones. Written to
-OUT: cka.csv, cka.md, cka.png. As the paper's analysis of what fine-tuning changes (Table 7).
+RUN and OTHER are folders of trainings, or weights with the bundle that they are for. Each is loaded into its network in
+eval mode, where nothing is masked. Both networks see the same crops of the data list of RUN, undisrupted and
+preprocessed as RUN's, and are compared at the same positions. CKA is 1 for features that differ by a rotation and a
+scale only, and about 0 for unrelated ones. Written to OUT: cka.csv, cka.md, cka.png. As the paper's analysis of what
+fine-tuning changes (Table 7).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,10 @@ from monai.transforms import RandSpatialCropSamplesd, SpatialPadd
 from tqdm import tqdm
 
 from custom.data.datalist import read_datalist
+from custom.engine.checkpoint import training_of, weights_file
 from custom.engine.config_check import check_patch_size
 from custom.errors import BadInput
+from custom.files import read_json
 from custom.published import AxisPermutation
 from custom.text import markdown_table
 from tools._cli import tool
@@ -110,6 +113,7 @@ def load(bundle: str, checkpoint: str, settings: Mapping[str, Any] | None = None
     Raises:
         BadInput: for a folder without a bundle, or weights that are not a whole Swin UNETR's.
     """
+    checkpoint = weights_file(checkpoint)
     files = [Path(bundle, "configs", f"{name}.json") for name in ("inference", "published")]
     if not all(file.is_file() for file in files):
         raise BadInput(f"{bundle} is no bundle's folder, it has no configs/inference.json and configs/published.json.")
@@ -132,6 +136,17 @@ def load(bundle: str, checkpoint: str, settings: Mapping[str, Any] | None = None
     except BadInput as error:
         raise BadInput(f"{checkpoint}: {error}") from None  # of two checkpoints, which
     return network.eval(), parser
+
+
+def bundle_of(place: str, given: str | None) -> str:
+    """Return the bundle of a training's folder, or the one that is given for weights alone."""
+    if Path(place, "configs/inference.json").is_file():
+        return place
+    if given is None:
+        raise BadInput(
+            f"{place} is not the folder of a training; name the bundle that these weights are for by --bundle."
+        )
+    return given
 
 
 @torch.no_grad()
@@ -204,14 +219,20 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.crops < 1:
         raise BadInput(f"--crops is at least 1, got {options.crops}.")
-    bundles = options.bundle, options.other_bundle or options.bundle
-    checkpoints = options.checkpoint, options.other
+    bundles = [bundle_of(options.one, options.bundle), bundle_of(options.other, options.other_bundle or options.bundle)]
+    checkpoints = options.one, options.other
     loaded = [load(*pair, options.ids) for pair in zip(bundles, checkpoints, strict=True)]
     networks, parsers = zip(*loaded, strict=True)
-    for name in options.ids:
+    for name, value in options.ids.items():
         if not any(name in parser for parser in parsers):
             raise BadInput(f"--{name}: neither bundle's inference config has this id.")
-    channels = [parser["network_def#in_channels"] for parser in parsers]
+        for checkpoint in checkpoints:
+            trained = ((training_of(weights_file(checkpoint)) or {}).get("settings") or {}).get(name, value)
+            if trained != value:
+                raise BadInput(
+                    f"{checkpoint} was trained with {name} {trained}, and --{name} gives {value}; leave it out."
+                )
+    channels = [network.encoder1.layer.conv1.conv.in_channels for network in networks]
     if channels[0] != channels[1]:
         raise BadInput(f"The networks take {channels[0]} and {channels[1]} input channels, but have to see the same.")
     if len({any(isinstance(part, AxisPermutation) for part in network.modules()) for network in networks}) > 1:
@@ -222,9 +243,14 @@ def run(options: argparse.Namespace) -> None:
     parser = parsers[0]
     patch_size = options.patch_size or parser["patch_size"]
     check_patch_size(patch_size)
-    folder = options.dataset_dir or os.path.dirname(os.path.abspath(options.datalist))
+    known = read_json(Path(options.one, "configs/train.json")) if Path(options.one).is_dir() else {}
+    datalist = options.datalist or known.get("datalist")
+    if datalist is None:
+        raise BadInput(f"{options.one} is not the folder of a training, which knows its scans; give --datalist.")
+    fold = known.get("fold") if options.datalist is None else options.fold
+    folder = options.dataset_dir or (known["dataset_dir"] if options.datalist is None else Path(datalist).parent)
     modalities = list(parser["modalities"]) if "modalities" in parser else None
-    items = read_datalist(options.datalist, options.section, folder, modalities, fold=options.fold)
+    items = read_datalist(datalist, options.section, folder, modalities, fold=fold)
     preprocessing = parser.get_parsed_content("dataset#transform")
     pad = SpatialPadd("image", patch_size)
     crop = RandSpatialCropSamplesd("image", patch_size, options.crops, random_size=False)
@@ -236,23 +262,23 @@ def run(options: argparse.Namespace) -> None:
     rows = compare(networks, tqdm(crops, "crops", count), max(1, options.samples // count), options.seed)
 
     size = "x".join(map(str, patch_size))
-    about = f"Debiased linear CKA of {options.checkpoint} and {options.other}: {options.crops} crops of {size} "
-    about += f'of each of {len(items)} scans, "{options.section}" of {options.datalist}, seed {options.seed}.'
+    about = f"Debiased linear CKA of {options.one} and {options.other}: {options.crops} crops of {size} "
+    about += f'of each of {len(items)} scans, "{options.section}" of {datalist}, seed {options.seed}.'
     with (out / "cka.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([Row._fields, *rows])
     (out / "cka.md").write_text(f"{about}\n\n{table(rows)}\n")
-    draw(rows, f"{options.checkpoint}\n{options.other}").savefig(out / "cka.png", dpi=120)
+    draw(rows, f"{options.one}\n{options.other}").savefig(out / "cka.png", dpi=120)
     print(f"{about}\n\n{table(rows)}\n\nTable and picture: {out}/cka.csv, cka.md, cka.png")
-    print("Next: the same with a --checkpoint trained from scratch; what that shares with --other is not inherited.")
+    print(f"Next: the same with a RUN trained from scratch; what that shares with {options.other} is not inherited.")
 
 
 def arguments(add: Callable) -> None:
     add("out", metavar="OUT", help="folder to write to")
-    add("--bundle", required=True, metavar="DIR", help="bundle of --checkpoint; its preprocessing is that of both")
-    add("--checkpoint", required=True, metavar="FILE", help="weights of the one network")
-    add("--other_bundle", metavar="DIR", help="bundle of --other (--bundle)")
-    add("--other", required=True, metavar="FILE", help="weights of the other network")
-    add("--datalist", required=True, metavar="FILE", help="scans to compare on; labels are not needed")
+    add("one", metavar="RUN", help="folder of a training, or weights; its preprocessing is that of both")
+    add("other", metavar="OTHER", help="folder of a training, or weights")
+    add("--bundle", metavar="DIR", help="that weights alone are for")
+    add("--other_bundle", metavar="DIR", help="that OTHER is for, if it is weights alone (--bundle)")
+    add("--datalist", metavar="FILE", help="scans to compare on; labels are not needed (the data list of RUN)")
     add("--dataset_dir", metavar="DIR", help="where relative paths in it start (its own folder)")
     add("--section", default="validation", help="of the data list (%(default)s)")
     add("--fold", type=int, metavar="N", help="of the data list: --section of this fold, not of the list")

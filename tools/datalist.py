@@ -13,7 +13,6 @@ import csv
 import glob
 import hashlib
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ import shlex
 import signal
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -32,30 +31,32 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from custom.data.cases import is_nifti, patients
 from custom.errors import BadInput
-from custom.files import write_json, write_text
+from custom.files import read_json, write_json, write_text
 from custom.text import did_you_mean
 from tools._cli import say, tool
 from tools.datalist_check import FileReport, inspect_file
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
-SUFFIXES = (".nii", ".nii.gz")
 NEXT_COMMAND = "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1}"
 VALIDATION = 0.05  # share held out if neither --validation nor --folds is given
-CONTRAST_NAMES = (*MODALITIES, "t1c", "t1gd", "t1n", "t1w", "t2f", "t2w")
-CHANNEL = re.compile(r"_000\d$")  # "_0000", "_0001": one channel of a patient
 SHOWN = 5  # file names printed per kind of refusal
 SHOWN_IDS = 50  # label ids printed; a scan taken for a label has thousands
 
 
 @dataclass(frozen=True, order=True)
 class Scan:
-    """One file to list: absolute path (links kept), modality, path below its source's root, absolute label or ""."""
+    """One file to list: absolute path (links kept), modality, path below its source's root, absolute label, patient.
+
+    Label and patient are "" where no source names them.
+    """
 
     path: str
     modality: str
     place: str
     label: str = ""
+    patient: str = ""
 
 
 def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
@@ -79,10 +80,10 @@ def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
         raise BadInput(f"'{source}' needs a modality: write modality={source}.")
     else:
         root, files = _files(path, source)
-        found = [(file, name, "") for file in files]
+        found = [(file, name, "", "") for file in files]
     if not found:
         raise BadInput(f"'{source}' has no .nii or .nii.gz file.")
-    return [Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), label) for file, kind, label in found]
+    return [Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), *more) for file, kind, *more in found]
 
 
 def _known(name: object, modalities: Iterable[str], where: str) -> str:
@@ -99,7 +100,7 @@ def _files(path: str, source: str) -> tuple[str, list[str]]:
     if os.path.isdir(path):
         return path, _walk(path)
     if os.path.lexists(path):
-        if not path.lower().endswith(SUFFIXES):
+        if not is_nifti(path):
             raise BadInput(f"'{source}' is neither a folder nor a .nii, .nii.gz or .json file.")
         return os.path.dirname(path), [path]
     if not glob.has_magic(path):
@@ -109,7 +110,7 @@ def _files(path: str, source: str) -> tuple[str, list[str]]:
         root = os.path.dirname(root)
     found: set[str] = set()
     for match in glob.glob(path, recursive=True):
-        found.update(_walk(match) if os.path.isdir(match) else [match] * match.lower().endswith(SUFFIXES))
+        found.update(_walk(match) if os.path.isdir(match) else [match] * is_nifti(match))
     return root, sorted(found)
 
 
@@ -124,27 +125,24 @@ def _walk(folder: str) -> list[str]:
     for here, folders, names in os.walk(folder, followlinks=True, onerror=closed):
         real = os.path.realpath(here)
         folders[:] = [] if real in seen else sorted(f for f in folders if not f.startswith("."))
-        scans = [n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".") and real not in seen]
+        scans = [n for n in names if is_nifti(n) and real not in seen]
         # Some archives unpack to x.nii/x.nii; a folder of that name without a scan is a mistake to report.
-        found += [os.path.join(here, n) for n in scans] or [here] * here.lower().endswith(SUFFIXES)
+        found += [os.path.join(here, n) for n in scans] or [here] * is_nifti(here)
         seen.add(real)
     return found
 
 
-def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(absolute file, modality, absolute label or "") of all entries; a modality from the command line wins."""
-    try:
-        lists = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path} cannot be read as JSON: {error}.") from None
+def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
+    """(absolute file, modality, absolute label or "", patient or "") of all entries; the given modality wins."""
+    lists = read_json(path)
     found = []
     for key in ("training", "validation", "test"):
-        entries = lists.get(key, []) if isinstance(lists, dict) else None
+        entries = lists.get(key) if lists.get(key) is not None else []
         if not isinstance(entries, list):
             raise BadInput(f"{path} is not a Decathlon data list: '{key}' is not a list.")
         for number, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {"image": entry}
-            image, own, label = entry.get("image"), entry.get("modality"), entry.get("label")
+            image, own, label, patient = map(entry.get, ("image", "modality", "label", "patient"))
             where = f"{path}, '{key}' entry {number}"
             if not isinstance(image, str) or not image or "\0" in image:
                 raise BadInput(f"{where} has no 'image' that is one file name.")
@@ -153,7 +151,8 @@ def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tup
             if not modality and own is None:
                 raise BadInput(f"{where} has no 'modality': add it, or write modality={path}.")
             label = os.path.abspath(path.parent / label) if label else ""
-            found.append((os.path.abspath(path.parent / image), modality or _known(own, modalities, where), label))
+            kind = modality or _known(own, modalities, where)
+            found.append((os.path.abspath(path.parent / image), kind, label, "" if patient is None else str(patient)))
     return found
 
 
@@ -205,41 +204,56 @@ def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
     return sorted(s[0] for s in by_file.values()), sorted(scan for same in by_file.values() for scan in same[1:])
 
 
-def group_keys(scans: Iterable[Scan], pattern: str | None = None, modalities: Iterable[str] = ()) -> dict[Scan, str]:
-    """Name the group (as a rule, the patient) of each scan: what must not lie on both sides of the split.
+def group_keys(scans: Sequence[Scan], pattern: str | None = None, modalities: Iterable[str] = ()) -> dict[Scan, str]:
+    """Name the patient of each scan: whose scans must not lie on both sides of the split.
 
     Args:
         scans: files with their place below the source's root, so that moving the data changes nothing.
-        pattern: regular expression for the full path; its first group, or the whole match, is the key.
+        pattern: regular expression for the full path; its first group, or the whole match, is the patient. Else it is
+            the one whom a JSON source names, or whom `custom.data.cases.patients` finds.
         modalities: names that end a contrast's file name, in addition to the usual ones.
 
     Raises:
         BadInput: the pattern is no regular expression or does not match a file.
     """
-    if pattern is not None:
-        try:
-            regex = re.compile(pattern)
-        except re.error as error:
-            raise BadInput(f"--group '{pattern}' is not a regular expression: {error}.") from None
-        keys = {}
-        for scan in scans:
-            match = regex.search(Path(scan.path).as_posix())
-            if match is None or match[min(1, regex.groups)] is None:
-                raise BadInput(f"--group '{pattern}' does not match {scan.path}.")
-            keys[scan] = match[min(1, regex.groups)]
-        return keys
-    names = "|".join(map(re.escape, sorted({*CONTRAST_NAMES, *modalities})))
-    contrast = re.compile(rf"(?:^|[_.\-])(?:{names})$", re.IGNORECASE)
+    if pattern is None:
+        found = patients([scan.place for scan in scans], [scan.modality for scan in scans], modalities)
+        return {
+            scan: scan.patient or patient or Path(scan.path).parent.name
+            for scan, patient in zip(scans, found, strict=True)
+        }
+    try:
+        regex = re.compile(pattern)
+    except re.error as error:
+        raise BadInput(f"--patient '{pattern}' is not a regular expression: {error}.") from None
     keys = {}
     for scan in scans:
-        parts = re.sub(r"\.nii(\.gz)?$", "", scan.place, flags=re.IGNORECASE).split("/")
-        keys[scan] = "/".join(filter(None, (contrast.sub("", p) for p in parts))) or Path(scan.path).parent.name
-    # "_0001" is a channel unless one modality has several of them: then it counts patients.
-    counted: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for scan, key in keys.items():
-        counted[CHANNEL.sub("", key), scan.modality].add(key)
-    patients = {key for (key, _), full in counted.items() if len(full) > 1}
-    return {scan: key if (short := CHANNEL.sub("", key)) in patients else short for scan, key in keys.items()}
+        match = regex.search(Path(scan.path).as_posix())
+        if match is None or match[min(1, regex.groups)] is None:
+            raise BadInput(f"--patient '{pattern}' does not match {scan.path}.")
+        keys[scan] = match[min(1, regex.groups)]
+    return keys
+
+
+def join_twins(keys: Mapping[Scan, str], reports: Sequence[FileReport]) -> tuple[dict[Scan, str], list[list[Scan]]]:
+    """Make one patient of those who have scans with the same voxels, and return such scans too."""
+    same: dict[str, list[Scan]] = defaultdict(list)
+    for scan, report in zip(keys, reports, strict=True):
+        if report.digest and not report.reason:
+            same[report.digest].append(scan)
+    groups = [scans for scans in same.values() if len(scans) > 1]
+    first = {key: key for key in keys.values()}  # of those who are one
+
+    def find(key: str) -> str:
+        while first[key] != key:
+            key = first[key]
+        return key
+
+    for scans in groups:
+        for scan in scans[1:]:
+            one, other = sorted((find(keys[scans[0]]), find(keys[scan])))
+            first[other] = one
+    return {scan: find(key) for scan, key in keys.items()}, groups
 
 
 def _ranked(groups: Mapping[str, Iterable[str]], seed: int) -> list[list[str]]:
@@ -276,21 +290,24 @@ def split(groups: Mapping[str, Iterable[str]], fraction: float, seed: int) -> se
     return chosen
 
 
-def check_files(scans: list[Scan], headers_only: bool, workers: int) -> list[FileReport]:
+def check_files(scans: list[Scan], headers_only: bool, strict: bool, workers: int) -> list[FileReport]:
     """Inspect scans and their labels in parallel processes, in order, with a progress bar on a terminal."""
+    look = partial(_inspect_unless_stopped, headers_only=headers_only, strict=strict)
     workers = min(workers, len(scans))
     bar = partial(tqdm, total=len(scans), desc="checking", unit="file", disable=None)
     if workers <= 1:
-        return [inspect_file(scan.path, headers_only, scan.label) for scan in bar(scans)]
+        return list(map(look, bar(scans)))
     stop = multiprocessing.Event()
     with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(stop,)) as pool:
         try:
-            inspect = partial(_inspect_unless_stopped, headers_only=headers_only)
-            return list(bar(pool.map(inspect, scans, chunksize=max(1, min(16, len(scans) // (4 * workers))))))
+            return list(bar(pool.map(look, scans, chunksize=max(1, min(16, len(scans) // (4 * workers))))))
         except BrokenProcessPool:
             raise BadInput("A checking process was ended from outside (memory?): use fewer --workers.") from None
         finally:
             stop.set()  # after Ctrl-C the pool waits for what its workers have begun: no more than a file each
+
+
+_stop: Event | None = None  # in a worker
 
 
 def _start_worker(stop: Event) -> None:
@@ -300,9 +317,10 @@ def _start_worker(stop: Event) -> None:
     _stop = stop
 
 
-def _inspect_unless_stopped(scan: Scan, headers_only: bool) -> FileReport:
-    stopped = FileReport(scan.path, reason="stopped")
-    return stopped if _stop.is_set() else inspect_file(scan.path, headers_only, scan.label)
+def _inspect_unless_stopped(scan: Scan, headers_only: bool, strict: bool) -> FileReport:
+    if _stop is not None and _stop.is_set():
+        return FileReport(scan.path, reason="stopped")
+    return inspect_file(scan.path, headers_only, scan.label, scan.modality, strict)
 
 
 def _span(rows: list[tuple[float, ...]]) -> str:
@@ -317,8 +335,8 @@ def _few(names: list[str]) -> str:
     return "".join(f"\n    {name}" for name in names[:SHOWN] + more)
 
 
-def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan]) -> None:
-    """Print what each modality has, the ids of all labels, what was refused and why, and what was given twice."""
+def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan], twins: list[list[Scan]]) -> None:
+    """Print what each modality has, the ids of all labels, what was given twice, what is odd, and what was refused."""
     table = [("modality", "training", "validation", "voxels", "spacing (mm)", "voxels in all")]
     for modality in sorted({scan.modality for scan, report, _ in rows if not report.reason}):
         mine = [(r, side) for scan, r, side in rows if scan.modality == modality and not r.reason]
@@ -335,6 +353,12 @@ def _print_report(rows: list[tuple[Scan, FileReport, str]], twice: list[Scan]) -
         say(f"labels found: {' '.join(ids[:SHOWN_IDS])}{more} (in {len(labelled)} scans)")
     if twice:
         say(f"Given more than once, listed once: {len(twice)}{_few([scan.path for scan in twice])}")
+    for group in twins[:SHOWN]:
+        say(f"Note: the same voxels, so on one side:{_few([scan.path for scan in group])}")
+    if len(twins) > SHOWN:
+        say(f"Note: ... and {len(twins) - SHOWN} more groups of scans with the same voxels")
+    if odd := [f"{scan.path} ({scan.modality}: {r.values})" for scan, r, _ in rows if r.values and not r.reason]:
+        say(f"Note: values that can't be, which --strict refuses: {len(odd)}{_few(odd)}")
     refused = defaultdict(list)
     for scan, report, _ in rows:
         if report.reason:
@@ -372,8 +396,9 @@ def build(options: argparse.Namespace) -> None:
     if options.labels is None:  # pre-training needs none of the labels that a JSON names, not even that they exist
         given = [replace(scan, label="") for scan in given]
     scans, twice = unique(add_labels(given, options.labels or []))
-    keys = group_keys(scans, options.group, options.modalities)
-    reports = check_files(scans, options.headers_only, options.workers)
+    keys = group_keys(scans, options.patient, options.modalities)
+    reports = check_files(scans, options.headers_only, options.strict, options.workers)
+    keys, twins = join_twins(keys, reports)
     accepted = [scan for scan, report in zip(scans, reports, strict=True) if not report.reason]
     groups: dict[str, set[str]] = defaultdict(set)
     for scan in accepted:
@@ -382,7 +407,7 @@ def build(options: argparse.Namespace) -> None:
     held_out = {key for key in folds if not folds[key]} if folds else split(groups, share, options.seed)
     sides = {scan: "validation" if keys[scan] in held_out else "training" for scan in accepted}
     rows = [(scan, report, sides.get(scan, "")) for scan, report in zip(scans, reports, strict=True)]
-    _print_report(rows, twice)
+    _print_report(rows, twice, twins)
     if not groups:
         raise BadInput(f"None of the {len(scans)} files can be used, so nothing was written.")
     if len(groups) < (options.folds or 0):
@@ -391,7 +416,7 @@ def build(options: argparse.Namespace) -> None:
     lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
     for scan in sorted(accepted, key=lambda scan: name(scan.path)):
         entry = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
-        entry["fold"] = folds.get(keys[scan], "")
+        entry |= {"patient": keys[scan], "fold": folds.get(keys[scan], "")}
         lists[sides[scan]].append({key: value for key, value in entry.items() if value != ""})
     bare = sum(not scan.label for scan in accepted)
     ct = all(scan.modality == "ct" for scan in accepted)
@@ -401,13 +426,15 @@ def build(options: argparse.Namespace) -> None:
     about = f"{len(groups)} groups of 3D scans for {purpose}, {held} held out"
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(("path", "label", "modality", "split", "shape", "spacing_mm", "status", "reason"))
+    writer.writerow(("path", "label", "modality", "split", "shape", "spacing_mm", "status", "reason", "values"))
     for scan, report, side in rows:
         sizes = ("x".join(map(str, report.shape)), "x".join(f"{s:g}" for s in report.spacing))
         status = "refused" if report.reason else "accepted"
-        writer.writerow((name(scan.path), name(scan.label), scan.modality, side, *sizes, status, report.reason))
+        writer.writerow(
+            (name(scan.path), name(scan.label), scan.modality, side, *sizes, status, report.reason, report.values)
+        )
     for scan in twice:
-        writer.writerow((name(scan.path), name(scan.label), scan.modality, "", "", "", "duplicate", "listed once"))
+        writer.writerow((name(scan.path), name(scan.label), scan.modality, "", "", "", "duplicate", "listed once", ""))
     report_file = out.with_name(f"{out.stem}_report.csv")
     write_text(report_file, table.getvalue())
     write_json(out, {"name": out.stem, "description": about, "seed": options.seed, **lists})
@@ -430,8 +457,11 @@ def arguments(add: Callable) -> None:
     add("--validation", type=float, metavar="SHARE", help=f"share of the groups to hold out ({VALIDATION})")
     add("--folds", type=int, metavar="K", help="share the groups out to K folds and hold out fold 0, not a share")
     add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")
-    add("--group", metavar="REGEX", help="its first group in a file's full path names the patient, who is never split; "
-        "by default the path below SOURCE without a contrast at the end (_t1, _flair, _0000)")  # fmt: skip
+    add("--patient", metavar="REGEX", help="its first group in a file's full path names the patient, who is never "
+        "split; by default the \"patient\" of a JSON source, or what a name tells (sub-01, TCGA-02-0006, a folder): "
+        "see custom/data/cases.py")  # fmt: skip
+    add("--strict", action="store_true", help="refuse scans with values that their modality can't have, such as a CT "
+        "that is not in HU, which else are noted")  # fmt: skip
     add("--headers-only", action="store_true", help="do not read the voxels: quick, but misses broken files")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     known = f"all allowed names ({' '.join(MODALITIES)}); pre-training needs a JSON entry for each further one"

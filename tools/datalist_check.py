@@ -11,11 +11,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 
+from custom.data.loading import digits, whole_number
 from custom.data.nifti import corner_distance_mm, fault_of_affine
+from custom.data.twins import VoxelDigest
+from custom.data.values import Values
 
 SLAB_BYTES = 16 << 20  # read at a time, a multiple of every voxel size
 DEFLATE_RATIO = 1032  # deflate cannot shrink data further than this, so a larger claim is a lie
@@ -27,34 +31,55 @@ class Refusal(ValueError):
 
 @dataclass(frozen=True)
 class FileReport:
-    """What a check found: shape in voxels, spacing in mm, reason of a refusal ("" when accepted), ids of the label."""
+    """What a check found.
+
+    Args:
+        shape: in voxels.
+        spacing: in mm.
+        reason: of a refusal, "" when accepted.
+        ids: of the label.
+        values: what its modality can't have, "" for nothing.
+        digest: of the voxels, "" where they were not read.
+    """
 
     path: str
     shape: tuple[int, ...] = ()
     spacing: tuple[float, ...] = ()
     reason: str = ""
     ids: tuple[int, ...] = ()
+    values: str = ""
+    digest: str = ""
 
 
-def inspect_file(path: str | os.PathLike[str], headers_only: bool = False, label: str = "") -> FileReport:
+def inspect_file(
+    path: str | os.PathLike[str],
+    headers_only: bool = False,
+    label: str = "",
+    modality: str | None = None,
+    strict: bool = False,
+) -> FileReport:
     """Check that one file is a 3D scan that training can read, and that its label, if it has one, fits.
 
     Args:
         path: a .nii or .nii.gz file.
         headers_only: trust the voxels, which saves reading (and decompressing) them.
         label: file with an id (whole number) per voxel of the scan; "" for none.
+        modality: whose values the scan should have, None if it is not known.
+        strict: whether other values are refused.
 
     Returns:
-        Shape (voxels), spacing (mm), reason of a refusal, ids of the label. Never raises for a bad file.
+        What was found. Never raises for a bad file.
     """
-    found: dict[str, tuple] = {}
+    found: dict[str, Any] = {}
     where = ""
     try:
         with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
-            affine = _check(os.fspath(path), headers_only, found)
+            affine = _check(os.fspath(path), headers_only, found, modality)
+            if strict and found.get("values"):
+                raise Refusal(f"values: {found['values']}")
             if label:
                 where, its = f"label: {label}: ", {}
-                label_affine = _check(label, headers_only, its, is_label=True)
+                label_affine = _check(label, headers_only, its, None, is_label=True)
                 if its["shape"][:3] != found["shape"][:3]:
                     raise Refusal(f"shape {its['shape'][:3]} is not that of its scan, {found['shape'][:3]}")
                 apart_mm = corner_distance_mm(label_affine, affine, found["shape"][:3])
@@ -75,7 +100,9 @@ def inspect_file(path: str | os.PathLike[str], headers_only: bool = False, label
     return FileReport(os.fspath(path), **found, reason=where + " ".join(reason.split()))
 
 
-def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: bool = False) -> np.ndarray:
+def _check(
+    path: str, headers_only: bool, found: dict[str, Any], modality: str | None, is_label: bool = False
+) -> np.ndarray:
     """Raise for a file that is not to be listed, else return its affine; put what is known of it into `found`."""
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
@@ -124,19 +151,37 @@ def _check(path: str, headers_only: bool, found: dict[str, tuple], is_label: boo
             raise Refusal(f"truncated or corrupted: {status.st_size} bytes cannot hold {size} bytes of voxels")
         if not headers_only:
             stream.seek(voxels.offset)
-            telling = np.unique if is_label else lambda slab: (slab.min(), slab.max())  # scaling is monotone
+            seen, digest = Values(), VoxelDigest(found["shape"][:3])
+
+            def telling(slab: np.ndarray) -> np.ndarray:
+                if is_label:
+                    return np.unique(slab)
+                voxels = training_values(slab)
+                seen.add(voxels)
+                digest.add(voxels)
+                return np.array([slab.min(), slab.max()])  # scaling is monotone
+
+            def training_values(stored: np.ndarray) -> np.ndarray:
+                """Turn stored values into what training makes of them."""
+                if image.dataobj.slope == 1 and image.dataobj.inter == 0:
+                    return stored.astype(np.float32)
+                return np.float32(stored.astype(float) * float(image.dataobj.slope) + float(image.dataobj.inter))
+
             slabs = map(telling, _slabs(stream, voxels.dtype, size))
-            values = reduce(np.union1d, slabs, np.array([], voxels.dtype)).astype(float)
-            values = np.float32(values * float(voxels.slope) + float(voxels.inter))  # what training turns them into
+            values = training_values(reduce(np.union1d, slabs, np.array([], voxels.dtype)))
             if is_label:
-                bad = values[~((values >= 0) & (values < np.inf) & (values == np.floor(values)))]
-                if bad.size:
-                    raise Refusal(f"a voxel is {bad[0]:g}, not a whole number from 0 on")
-                found["ids"] = tuple(sorted(set(map(int, values))))
+                wrong = [
+                    value for value in values.tolist() if (whole_number(value) or 0) < 0 or whole_number(value) is None
+                ]
+                if wrong:
+                    raise Refusal(f"a voxel is {digits(wrong[0])}, not a whole number from 0 on")
+                found["ids"] = tuple(sorted(set(map(whole_number, values.tolist()))))
             elif not np.isfinite(values).all():
                 raise Refusal("NaN or infinite voxels")
             elif values.min() == values.max():
                 raise Refusal(f"constant voxels: all are {values[0]:g}")
+            else:
+                found |= {"values": seen.note(modality), "digest": digest.text()}
         return image.affine
 
 

@@ -1,11 +1,10 @@
 """Build the packages that are downloaded: a zip of each bundle, with checksums and the index that the model zoo has.
 
-    python -m tools.package [BUNDLE ...] [--run RUN_DIR] [--output DIR]
+    python -m tools.package [BUNDLE ...] [--output DIR]
 
 A package is the bundle's folder with `custom/` in it, a small test for tools.verify, and SHA-256 sums. The same bundle
-always gives the same bytes. With --run it has the weights of a training too, also as TorchScript, says in
-docs/training.json where they come from, and runs with them as it is: what the training overrode of the network, the
-preprocessing and the inferer are its configs' new values.
+always gives the same bytes. The folder of a training (its --output_dir) is a bundle too: its package has the weights,
+also as TorchScript, and docs/training.json says where they come from.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import functools
 import json
 import operator
-import os
 import shutil
 import subprocess
 import sys
@@ -27,9 +25,9 @@ from typing import Any
 import nibabel
 import numpy as np
 from monai.bundle import ConfigParser
-from monai.bundle.reference_resolver import ReferenceResolver
 
-from custom.engine.config_check import walk
+from custom.engine.run_bundle import PLACE, copy_bundle
+from custom.engine.run_record import RECORD, bundle_name, holds_path, portable
 from custom.errors import BadInput
 from custom.files import read_json, replacing, write_json
 from tools import phantom
@@ -37,65 +35,6 @@ from tools._cli import ROOT, bundles, tool
 from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, quiet, sample_networks
 
 BUNDLES = ROOT / "bundles"
-# Of a bundle's folder; what runs and caches leave in it, and whatever else lies there, is not packaged.
-CONTENT = ("LICENSE", "configs", "custom", "datalist.json", "docs")
-
-
-def inference_ids(config: dict[str, Any]) -> set[str]:
-    """Return the top-level ids that network, preprocessing and inferer of an inference config are made of."""
-    found, todo = set(), ["network_def", "preprocessing", "inferer"]
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            texts = (value for _, value in walk(config[name]) if isinstance(value, str))
-            todo += [ReferenceResolver.split_id(id)[0] for t in texts for id in ReferenceResolver.match_refs_pattern(t)]
-    return found
-
-
-def apply(overrides: dict[str, Any], folder: Path) -> None:
-    """Make overrides of a training the values of a bundle's configs, and its metadata agree with them.
-
-    Taken over is what inference must have as the training had it: see `inference_ids`. Paths, the machine and how the
-    weights were learnt are not among it.
-    """
-    inference = read_json(folder / "configs/inference.json")
-    needed = inference_ids(inference)
-    for name in ("train", "inference"):
-        config = ConfigParser(read_json(folder / f"configs/{name}.json"))
-        config.update({id: value for id, value in overrides.items() if ReferenceResolver.split_id(id)[0] in needed})
-        write_json(
-            folder / f"configs/{name}.json", {key: value for key, value in config.get().items() if key != "_meta_"}
-        )
-    inference, metadata = read_json(folder / "configs/inference.json"), read_json(folder / "configs/metadata.json")
-    data = metadata["network_data_format"]
-    image, pred = data["inputs"]["image"], data["outputs"]["pred"]
-    image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
-    if "labels" in inference:
-        channels, labels = inference["in_channels"], inference["labels"]
-        classes = {str(number): name for number, name in enumerate(labels)}
-        image |= {"num_channels": channels}
-        if channels > 1:
-            image["channel_def"] = {str(number): f"image {number}" for number in range(channels)}
-        pred |= {"num_channels": len(labels), "channel_def": classes}
-        metadata["label_classes"] = "one channel, " + ", ".join(f"{number}: {name}" for number, name in classes.items())
-        metadata["pred_classes"] = f"{len(labels)} channels of the network, turned into one of ids by argmax"
-    write_json(folder / "configs/metadata.json", metadata)
-
-
-def provenance(run: Path, name: str) -> dict[str, Any]:
-    """Return how a run was started last.
-
-    Raises:
-        BadInput: for a folder that is no finished training of the bundle.
-    """
-    for file in ("run.json", "metrics.jsonl", "models/model.pt"):
-        if not (run / file).is_file():
-            raise BadInput(f"{run} is no finished training, it has no {file}; name its --output_dir.")
-    start = read_json(run / "run.json", list)[-1]
-    if start["bundle"] != name:
-        raise BadInput(f"{run} is a training of {start['bundle']}, not of {name}.")
-    return start
 
 
 def metrics(run: Path, folder: Path) -> dict[str, Any]:
@@ -111,21 +50,42 @@ def metrics(run: Path, folder: Path) -> dict[str, Any]:
     return {"best": best, "last": lines[-1]}
 
 
-def add_weights(run: Path, folder: Path) -> None:
-    """Put the weights of a training into a bundle, as they are and as TorchScript, with what they come from.
+def is_training(folder: Path) -> bool:
+    """Return whether a bundle is that of a training.
 
     Raises:
-        BadInput: see `provenance`.
+        BadInput: for one of a training that has not saved its weights yet.
     """
-    start = provenance(run, folder.name)
-    apply(start["overrides"], folder)
-    # Folders of the machine that trained are nobody's business, nor are names of patients.
-    start["overrides"] = {
-        id: value
-        for id, value in start["overrides"].items()
-        if not any(isinstance(text, str) and os.path.isabs(text) for _, text in walk(value))
-    }
-    write_json(folder / "docs/training.json", {**start, "metrics": metrics(run, folder)})
+    if not (folder / RECORD).is_file():
+        return False
+    for name in ("models/model.pt", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} is no finished training, it has no {name}; go on with it first.")
+    return True
+
+
+def forget_place(folder: Path, record: dict[str, Any]) -> None:
+    """Give the ids of a training's folders and files back the values that its bundle had.
+
+    Folders of the machine that trained are nobody's business, nor are names of patients.
+    """
+    file = folder / "configs/train.json"
+    config = read_json(file)
+    for id, value in record["defaults"].items():
+        if id in PLACE or holds_path(config.get(id)):
+            config[id] = value
+    write_json(file, config)
+
+
+def add_weights(run: Path, folder: Path) -> None:
+    """Put the weights of a training into its package, as they are and as TorchScript, with what they come from.
+
+    Raises:
+        BadInput: for weights that can't be exported.
+    """
+    record = read_json(run / RECORD, list)[-1]
+    forget_place(folder, record)
+    write_json(folder / "docs/training.json", {**portable(record), "metrics": metrics(run, folder)})
     models = folder / "models"
     models.mkdir()
     shutil.copyfile(run / "models/model.pt", models / "model.pt")
@@ -194,37 +154,34 @@ def zip_up(members: dict[str, bytes], file: Path) -> None:
             archive.writestr(member, content)
 
 
-def build(bundle: Path, output: Path, run: Path | None = None, weights_url: str | None = None) -> Path:
-    """Build a bundle's package.
+def build(bundle: Path, output: Path, weights_url: str | None = None) -> Path:
+    """Build the package of a bundle, or of a training, which is a bundle with weights.
 
     Args:
         bundle: its folder.
         output: folder to write to.
-        run: folder of a finished training whose weights the package has.
         weights_url: where the weights will be, to leave them out of the zip.
 
     Returns:
         the zip.
 
     Raises:
-        BadInput: for a folder that is no bundle, or no training of it.
+        BadInput: for a folder that is no bundle, or an unfinished training.
     """
     if not (bundle / "configs/metadata.json").is_file():
         raise BadInput(f"{bundle} is no bundle, it has no configs/metadata.json.")
-    name = bundle.resolve().name
+    trained, name = is_training(bundle), bundle_name(bundle.resolve())
+    if weights_url is not None and not trained:
+        raise BadInput(f"--weights_url is for the weights of a training, and {bundle} is none.")
     prefix = f"{name}_v{read_json(bundle / 'configs/metadata.json')['version']}"
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, name)
         folder.mkdir()
-        for path in (bundle / item for item in CONTENT):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-            elif path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        copy_bundle(bundle, folder, bundle / "custom")
         with modules_of(folder):
-            if run is not None:
-                add_weights(run, folder)
+            if trained:
+                add_weights(bundle, folder)
             add_sample(folder)
         if weights_url is not None:
             move_out(folder, prefix, output, weights_url)
@@ -254,8 +211,7 @@ def index(packages: list[Path], output: Path, source: str) -> None:
 
 
 def arguments(add: Callable) -> None:
-    add("bundles", nargs="*", metavar="BUNDLE", help="name or folder; all by default")
-    add("--run", type=Path, metavar="DIR", help="--output_dir of a finished training of the one BUNDLE")
+    add("bundles", nargs="*", metavar="BUNDLE", help="name or folder, also of a training; all of bundles/ by default")
     add("--output", type=Path, metavar="DIR", default=Path("dist"), help="folder to write to (%(default)s)")
     add("--source", default="", metavar="URL", help="where the zips will be, for model_info.json")
     add("--weights_url", metavar="URL", help="where the weights will be: they are left out of the zip, written beside "
@@ -270,11 +226,7 @@ def run(options: argparse.Namespace) -> None:
         BadInput: for wrong arguments, and see `build`.
     """
     folders = [BUNDLES / name if (BUNDLES / name).is_dir() else Path(name) for name in options.bundles] or bundles()
-    if options.run is not None and len(folders) != 1:
-        raise BadInput("--run is a training of one bundle; name it.")
-    if options.weights_url is not None and options.run is None:
-        raise BadInput("--weights_url is for the weights of a --run.")
-    packages = [build(folder, options.output, options.run, options.weights_url) for folder in folders]
+    packages = [build(folder, options.output, options.weights_url) for folder in folders]
     index(packages, options.output, options.source)
     for package in packages:
         print(f"{package}: {package.stat().st_size / 1e6:.1f} MB")

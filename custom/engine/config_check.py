@@ -14,6 +14,11 @@ from custom.errors import BadInput, report_errors
 from custom.speed.malloc import keep_freed_memory
 from custom.text import did_you_mean
 
+PATHS = {
+    *("bundle_root", "dataset_dir", "datalist", "output_dir", "ckpt_dir"),
+    *("checkpoint", "checkpoints", "pretrained", "store"),
+}
+
 
 def check_config(patch_size: Sequence[int], output_dir: str) -> None:
     """Check the config that is being run; the first expression of each `run`.
@@ -28,7 +33,7 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
         BadInput: for an id that nothing uses, an argument that a component does not have, or a patch that the network
             can't take.
     """
-    report_errors(output_dir)
+    report_errors(str(output_dir))
     if not torch.cuda.is_available():
         keep_freed_memory()
         # Else threads add the gradient of the relative positions in the order in which they come.
@@ -36,8 +41,24 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
     workflow = running_workflow()
     if workflow is not None:
+        check_paths(workflow.parser.config)
         check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
     check_patch_size(patch_size)
+
+
+def check_paths(config: dict[str, Any]) -> None:
+    """Raise `BadInput` for a file or folder whose name the command line or MONAI has turned into something else."""
+    for name in PATHS & config.keys():
+        for id, value in walk(config[name], name):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                raise BadInput(f"`{id}` is the number {value}; write a folder of that name as ./{value} or in full.")
+            if not isinstance(value, str) or value.startswith(("$", "@", "%")):
+                continue
+            if "::" in value and not Path(value).exists():
+                raise BadInput(
+                    f"`{id}` is {value}; a path in a config can't have # or :: in it, since MONAI makes :: of a #, as "
+                    f"in an id; rename the file or folder."
+                )
 
 
 def running_workflow() -> ConfigWorkflow | None:

@@ -113,7 +113,11 @@ class TrainingSummary:
     def __call__(self, engine: Engine) -> None:
         print(f"\nWeights: {self.ckpt_dir}/model.pt\nMetrics, pictures, TensorBoard: {self.output_dir}")
         print(self.dataset.left_out(), end="")
-        print("Next: evaluate, by the same command with evaluate.json after train.json in --config_file")
+        configs = [f"{self.output_dir}/configs/{name}.json" for name in ("train", "evaluate")]
+        root = f"--bundle_root {self.output_dir}"
+        print(f'Next, evaluate:  python -m monai.bundle run --config_file "{configs}" {root}')
+        infer = configs[0].replace("train.json", "inference.json")
+        print(f"Or, on a scan:   python -m monai.bundle run --config_file {infer} {root} --dataset_dir SCAN.nii.gz")
 
 
 class EvaluationSummary:

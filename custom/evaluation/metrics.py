@@ -1,4 +1,4 @@
-"""Metrics of a segmentation: distances in millimetres, and a report with the names of the classes."""
+"""Metrics of a segmentation: distances in millimetres, their means, and a report with the names of the classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
-from monai.handlers import write_metrics_reports
+from monai.handlers import IgniteMetricHandler, write_metrics_reports
 from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
 from monai.networks import one_hot
 from monai.utils import string_list_all_gather
@@ -43,11 +43,31 @@ class SurfaceDistance(_LabelMapMetric, SurfaceDistanceMetric):
     """MONAI's `SurfaceDistanceMetric` of label maps, in millimetres; see `HausdorffDistance`."""
 
 
+class Means(IgniteMetricHandler):
+    """MONAI's `IgniteMetricHandler`, which gives both means of a metric, and NaN where nothing could be measured.
+
+    What can't be measured, such as a class that a case lacks, counts in neither mean. They differ when cases lack
+    different classes. Where MONAI's mean of nothing is 0, the best or the worst of all, this one is NaN.
+
+    Its values in `engine.state.metrics`: NAME, the mean over cases of each case's mean over its classes;
+    NAME_over_classes, the mean over classes of each class's mean over the cases that have it.
+
+    Args: see `IgniteMetricHandler`.
+    """
+
+    def compute(self) -> float:
+        super().compute()
+        values = self._engine.state.metric_details[self._name]
+        self._engine.state.metrics[f"{self._name}_over_classes"] = values.nanmean(0).nanmean().item()
+        return values.nanmean(1).nanmean().item()
+
+
 class SegmentationReport:
     """Write the metrics of every case and class of an evaluation, and a summary table, which is printed too.
 
     Files: `NAME_raw.csv` of each metric (a row per case, a column per class), `NAME_summary.csv`, `metrics.csv`, and
-    `summary.md`, the mean and standard deviation over cases of each class. A class that a case lacks does not count.
+    `summary.md`, the mean and standard deviation over cases of each class, and those of both means, see `Means`. A
+    class that a case lacks does not count.
 
     Args:
         output_dir: where to write.
@@ -87,9 +107,10 @@ class SegmentationReport:
         print(f"\n{len(cases)} cases\n{table}\nPer case: {self.output_dir}")
 
     def _table(self, details: dict[str, np.ndarray]) -> str:
-        rows = [["class", *details], *([name] for name in [*self.classes, "**mean**"])]
+        ends = ("**mean over classes**", "**mean over cases**")
+        rows = [["class", *details], *([name] for name in (*self.classes, *ends))]
         for values in details.values():
             known = np.ma.masked_invalid(values)
-            for row, column in zip(rows[1:], [*known.T, known.mean(axis=1)], strict=True):
+            for row, column in zip(rows[1:], [*known.T, known.mean(axis=0), known.mean(axis=1)], strict=True):
                 row.append(f"{column.mean():.3f} ± {column.std():.3f}" if column.count() else "-")
         return markdown_table(rows) + "\n"

@@ -13,6 +13,9 @@ from matplotlib.patches import Patch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 
+from custom.data.cases import output_names
+from custom.data.datalist import case_name
+
 # A row's normal axis in RAS and, of the other two, the one across and the one up the picture.
 PLANES = {"axial": (2, 0, 1), "coronal": (1, 0, 2), "sagittal": (0, 1, 2)}
 
@@ -88,7 +91,7 @@ class Pictures:
     """Draw an evaluator's cases, into a folder and into TensorBoard.
 
     Args:
-        output_dir: where to write a PNG per case, None for none.
+        output_dir: where to write a PNG per case, named as `output_names` names its scan; None for none.
         summary_writer: TensorBoard writer to show them in, None for none.
         cases: draw only so many; None for all.
     """
@@ -100,6 +103,7 @@ class Pictures:
         self.summary_writer = summary_writer
         self.cases = cases
         self.drawn = 0
+        self.names: dict[str, str] = {}  # of each case's picture
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.start)
@@ -107,6 +111,9 @@ class Pictures:
 
     def start(self, engine: Engine) -> None:
         self.drawn = 0
+        items = engine.state.dataloader.dataset.data
+        files = [item["image"] if isinstance(item["image"], str) else item["image"][0] for item in items]
+        self.names = dict(zip(map(case_name, items), output_names(files), strict=True))
 
     def figure(self, item: Mapping[str, Any], output: Mapping[str, torch.Tensor]) -> Figure:
         """Draw a case: its item of the batch, and the evaluator's output for it."""
@@ -119,9 +126,9 @@ class Pictures:
             self.drawn += 1
             figure = self.figure(item, output)
             if self.output_dir is not None:
-                name = item["case"].removesuffix(".gz").removesuffix(".nii").strip("/").replace("/", "_")
-                Path(self.output_dir).mkdir(parents=True, exist_ok=True)
-                figure.savefig(Path(self.output_dir) / f"{name}.png", dpi=80)
+                file = Path(self.output_dir, f"{self.names[item['case']]}.png")
+                file.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(file, dpi=80)
             if self.summary_writer is not None:
                 self.summary_writer.add_figure(f"{self.kind}/{item['case']}", figure, engine.state.epoch, close=False)
 

@@ -28,12 +28,15 @@ class CUDAGraphInferer(SimpleInferer):
         the GPU's generator, as the network itself uses it; recording leaves it as it was.
     """
 
+    device_type = "cuda"
+
     def __init__(self) -> None:
         super().__init__()
         self.recording: Recording | None = None
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        plain = inputs.device.type != "cuda" or not network.training or isinstance(network, DistributedDataParallel)
+        plain = inputs.device.type != self.device_type or not network.training
+        plain |= isinstance(network, DistributedDataParallel)
         if plain or any(getattr(module, "use_checkpoint", False) for module in network.modules()):
             return super().__call__(inputs, network, *args, **kwargs)
         if self.recording is None:

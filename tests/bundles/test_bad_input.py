@@ -80,7 +80,7 @@ def test_a_fault_found_in_a_worker_process(tmp_path):
     "training, expected",
     [
         ([], 'no entries under "training"'),
-        ([{"image": "good.nii.gz", "modality": "t1cee"}], "did you mean 't1ce'?"),
+        ([{"image": "good.nii.gz", "modality": "t1cee"}], "did you mean `t1ce`?"),
         ([{"image": "good.nii.gz"}], 'needs "image" and "modality"'),
     ],
     ids=["empty", "unknown modality", "no modality"],
@@ -99,7 +99,10 @@ def test_bad_data_lists(training, expected, tmp_path):
         ({"patch_size": "[32,32,32]"}, "--patch_size [32, 32, 32] does not fit the network"),
         ({"learning_rat": 0.1}, "Nothing uses the id `learning_rat`; did you mean `learning_rate`?"),
         ({"train__bacth_size": 1}, "Nothing uses the id `train#bacth_size`"),
-        ({"network_def__feature_sise": 24}, "unexpected keyword argument 'feature_sise'"),
+        (
+            {"network_def__masking__ratoi": 1},
+            "`network_def#masking#ratoi` is no argument of custom.masking.LocalMasking",
+        ),
         ({"optimizer__learning_rate": 24}, "`optimizer#learning_rate` is no argument of torch.optim.AdamW"),
         ({"disruptions": '["nosie"]'}, "list of names from"),
     ],
@@ -127,8 +130,8 @@ def test_resuming_with_other_settings(tmp_path, small_list):
     arguments = {"datalist": small_list, "output_dir": tmp_path, "ckpt_dir": tmp_path, "max_epochs": 1}
     assert monai_bundle("train", **arguments).returncode == 0
     before = (tmp_path / "checkpoint_iteration=1.pt").read_bytes()
-    done = monai_bundle("train", **{**arguments, "network_def__feature_size": 24})
-    assert "checkpoint_iteration=1.pt can't be loaded" in spoken(done)
+    done = monai_bundle("train", **{**arguments, "network_def__network__feature_size": 24})
+    assert 'started with network_def#network#feature_size "@feature_size", and now it would be 24' in spoken(done)
     assert (tmp_path / "checkpoint_iteration=1.pt").read_bytes() == before
 
 
@@ -139,7 +142,7 @@ def test_weights_that_are_nan_name_the_cases_and_leave_the_checkpoint(tmp_path, 
     assert "The norm of the weights is" in message and "iteration 2" in message
     assert "ct_000.nii.gz" in message and "ct_001.nii.gz" in message
     dump = torch.load(tmp_path / "nan_batch_rank=0.pt", weights_only=True)
-    assert dump["image"].shape == dump["label"].shape == (2, 1, 64, 32, 32) and len(dump["case"]) == 2
+    assert dump["image"].shape == dump["original"].shape == (2, 1, 64, 32, 32) and len(dump["case"]) == 2
     (checkpoint,) = tmp_path.glob("checkpoint_iteration=*.pt")
     weights = torch.load(checkpoint, weights_only=True)["model"]
     assert all(value.isfinite().all() for value in weights.values())
@@ -186,8 +189,9 @@ def labelled(tmp_path, label=None, affine=None, **entry) -> dict:
         "image": write(tmp_path / "good.nii.gz", noise(64, 32, 32)),
         "label": str(tmp_path / "label.nii.gz"),
     } | entry
+    other = {"image": write(tmp_path / "other.nii.gz", noise(64, 32, 32)[::-1]), "label": case["label"]} | entry
     path = tmp_path / "list.json"
-    path.write_text(json.dumps({"training": [case], "validation": [case]}))
+    path.write_text(json.dumps({"training": [case], "validation": [other]}))
     return {"datalist": path, "output_dir": tmp_path, "ckpt_dir": tmp_path}
 
 

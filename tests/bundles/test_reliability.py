@@ -27,7 +27,10 @@ def scans(tmp_path):
         sections = {"training": 3, "validation": 1}
         entries = {
             section: [
-                {"image": write(tmp_path / f"{section}_{n}.nii.gz", noise(64, 32, 32)), "modality": "ct"}
+                {
+                    "image": write(tmp_path / f"{section}_{n}.nii.gz", noise(64, 32, 32) + len(section) + n),
+                    "modality": "ct",
+                }
                 for n in range(count)
             ]
             for section, count in sections.items()

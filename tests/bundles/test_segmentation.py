@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 from skimage.measure import label as components
 
-from tests.conftest import ROOT, SEGMENTATION, TORCHRUN, folders, metrics, monai_bundle
+from tests.conftest import ROOT, SEGMENTATION, folders, metrics, monai_bundle
 from tools import weights as weights_tool
 
 BTCV, FETA = SEGMENTATION
@@ -23,10 +23,9 @@ def names_of_classes(bundle) -> list[str]:
     return json.loads((bundle / "configs" / "train.json").read_text())["labels"]
 
 
-def run(bundle, *configs, launcher=None, **values):
+def run(bundle, *configs, **values):
     """Run a bundle and return the finished process, which has to have succeeded."""
-    kwargs = {"launcher": launcher} if launcher else {}
-    done = monai_bundle(*configs, bundle=bundle, **kwargs, **({} if bundle == FETA else COARSE), **values)
+    done = monai_bundle(*configs, bundle=bundle, **({} if bundle == FETA else COARSE), **values)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -39,7 +38,13 @@ def trained(tmp_path_factory, labelled_lists):
     def train(bundle):
         if bundle not in runs:
             runs[bundle] = tmp_path_factory.mktemp(bundle.name)
-            more = {"max_epochs": 2, "val_interval": 1, "learning_rate": 0.01, **folders(runs[bundle])}
+            more = {
+                "max_epochs": 2,
+                "val_interval": 1,
+                "learning_rate": 0.01,
+                "val_pictures": 1,
+                **folders(runs[bundle]),
+            }
             run(bundle, "train", datalist=labelled_lists[KIND[bundle]], **more)
         return runs[bundle]
 
@@ -51,7 +56,8 @@ def evaluated(trained, labelled_lists):
     """Folder of a bundle's run after its evaluation, and what was printed."""
 
     def evaluate(bundle):
-        done = run(bundle, "train", "evaluate", datalist=labelled_lists[KIND[bundle]], **folders(trained(bundle)))
+        more = {"datalist": labelled_lists[KIND[bundle]], "val_pictures": 1, **folders(trained(bundle))}
+        done = run(bundle, "train", "evaluate", **more)
         return trained(bundle) / "evaluation", done.stdout
 
     return evaluate
@@ -123,7 +129,7 @@ def test_an_ensemble_of_checkpoints_gives_one_component_of_each_label(bundle, tr
     scan = phantoms / KIND[bundle] / "images" / f"{KIND[bundle]}_001.nii.gz"
     run_dir = trained(bundle)
     checkpoints = [str(run_dir / "models" / "model.pt"), str(run_dir / "checkpoint_iteration=1.pt")]
-    more = {"checkpoints": checkpoints, "test_time_examples": 2, "overlap": 0.25}
+    more = {"checkpoints": checkpoints, "test_time_examples": 2}
     run(bundle, "inference", "ensemble", dataset_dir=scan, output_dir=tmp_path, **more)
     source, result = nibabel.load(scan), nibabel.load(tmp_path / scan.name.replace(".nii", "_seg.nii"))
     assert result.shape == source.shape and np.allclose(result.affine, source.affine)
@@ -217,6 +223,7 @@ def test_a_training_without_validation_saves_its_last_weights(labelled_lists, tm
 
 def test_fold_and_share_of_labels_are_ids_and_a_run_is_resumed(labelled_lists, tmp_path):
     arguments = {"datalist": labelled_lists["fetal"], "fold": 0, "label_fraction": 0.5, "val_interval": 1}
+    arguments["val_pictures"] = 1
     run(FETA, "train", max_epochs=1, **arguments, **folders(tmp_path))
     done = run(FETA, "train", max_epochs=2, **arguments, **folders(tmp_path))
     assert f"Resuming from {tmp_path}/checkpoint_iteration=1.pt" in done.stdout
@@ -248,13 +255,13 @@ def test_a_training_in_monai_label_is_a_run_of_its_own(bundle, monkeypatch):
     assert parser.get_parsed_content("resume") is False
 
 
-def test_two_processes_train_and_evaluate(labelled_lists, tmp_path):
-    arguments = {"launcher": TORCHRUN, "datalist": labelled_lists["fetal"], "max_epochs": 1, "val_interval": 1}
-    run(FETA, "train", "multi_gpu_train", **arguments, **folders(tmp_path))
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1 and len(metrics(tmp_path)) == 1
-    assert len(json.loads((tmp_path / "run.json").read_text())) == 1
-    run(FETA, "train", "multi_gpu_train", "evaluate", **arguments, **folders(tmp_path))
-    assert rows_of(tmp_path / "evaluation" / "val_mean_dice_raw.csv")
+def test_two_processes_evaluate_as_one_does(evaluated, trained, labelled_lists, tmp_path):
+    """Of one case: the second process has none of its own."""
+    more = {"datalist": labelled_lists["fetal"], "ckpt_dir": trained(FETA) / "models", "output_dir": tmp_path}
+    run(FETA, "train", "multi_gpu_train", "evaluate", ranks=2, **more)
+    for name in ("val_mean_dice", "val_hausdorff_mm"):
+        both, one = (rows_of(folder / f"{name}_raw.csv") for folder in (tmp_path / "evaluation", evaluated(FETA)[0]))
+        assert both[0] == one[0]
 
 
 def test_a_published_pre_training_is_fine_tuned_from(labelled_lists, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from ignite.engine import Engine
 
 from custom.engine.resume import RunState
+from custom.engine.run_bundle import apply, copy_bundle
 from custom.errors import BadInput
 from tests.bundles.test_bad_input import spoken
 from tests.conftest import PRETRAINING, SEGMENTATION, SMALL, monai_bundle
@@ -91,11 +92,13 @@ def test_cka(tmp_path, malicious, phantom_list, capsys):
 
 def test_package_of_a_run(tmp_path, malicious, capsys):
     run = tmp_path / "run"
-    (run / "models").mkdir(parents=True)
+    copy_bundle(PRETRAINING, run, PRETRAINING / "custom")
+    apply(SMALL, run)
+    (run / "models").mkdir()
     shutil.copy(malicious, run / "models")
-    (run / "run.json").write_text(json.dumps([{"bundle": PRETRAINING.name, "overrides": SMALL}]))
+    (run / "run.json").write_text(json.dumps([{"bundle": PRETRAINING.name, "overrides": SMALL, "defaults": {}}]))
     (run / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    assert package.main([PRETRAINING.name, "--run", str(run), "--output", str(tmp_path / "dist")]) == 2
+    assert package.main([str(run), "--output", str(tmp_path / "dist")]) == 2
     assert f"{run}/models/model.pt can't be" in capsys.readouterr().err
 
 

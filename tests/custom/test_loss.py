@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.losses import DiceCELoss
 
-from custom.loss import CrossModalContrastiveLoss, DisruptiveLoss
+from custom.errors import BadInput
+from custom.loss import CrossModalContrastiveLoss, DisruptiveLoss, WeightedDiceCELoss
 
 
 def softplus(x: float) -> float:
@@ -80,3 +82,15 @@ def test_without_weight_there_is_no_contrastive_loss():
     restored, image = torch.zeros(2, 1, 2, 2, 2), torch.ones(2, 1, 2, 2, 2)
     embedding = torch.full((2, 8), torch.nan)
     assert loss((restored, embedding), {"image": image, "modality": torch.tensor([0, 1])}) == 1
+
+
+@pytest.mark.parametrize("include_background", [True, False])
+def test_weights_of_classes_may_be_a_list_as_in_a_config(include_background):
+    prediction, target = torch.rand(2, 3, 4, 4, 4), torch.randint(3, (2, 1, 4, 4, 4))
+    options = {"to_onehot_y": True, "softmax": True, "include_background": include_background}
+    expected = DiceCELoss(**options, weight=torch.tensor([0.0, 1.0, 0.5]))(prediction, target)
+    assert torch.equal(WeightedDiceCELoss(**options, weight=[0, 1, 0.5])(prediction, target), expected)
+    unweighted = WeightedDiceCELoss(**options)(prediction, target)
+    assert torch.equal(unweighted, DiceCELoss(**options)(prediction, target)) and not torch.equal(unweighted, expected)
+    with pytest.raises(BadInput, match="--loss#weight has 2 weights, and there are 3 classes"):
+        WeightedDiceCELoss(**options, weight=[1, 2])(prediction, target)

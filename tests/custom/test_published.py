@@ -28,6 +28,8 @@ CASES = [
     for network, content in PUBLISHED.items()
     for seed, cases in content["outputs"].items()
     for case in cases
+    # A pass of the shipped size takes as long as all others; what is masked in one does not depend on the size.
+    if (network, case) != ("shipped_48_96", "sld")
 ]
 
 
@@ -120,10 +122,9 @@ def test_outputs_and_hidden_states_are_the_published_ones(network, seed, case, c
     assert output < 1e-5 and hidden < 1e-5
 
 
-@pytest.mark.parametrize("seed", ["0", "1"])
-def test_inference_by_the_command_line_gives_the_published_output(seed, converted, tmp_path):
+def test_inference_by_the_command_line_gives_the_published_output(converted, tmp_path):
     """Of a scan that is one patch, neither normalised nor disrupted."""
-    published = PUBLISHED["pretrain_fs12"]
+    published, seed = PUBLISHED["pretrain_fs12"], "1"
     scan = np.random.RandomState(int(seed)).rand(*[published["side"]] * 3).astype(np.float32)
     nibabel.Nifti1Image(scan, np.eye(4)).to_filename(tmp_path / "scan.nii")
     plain = {"disruptions": [], "modalities": {"ct": {"_target_": "Identity"}}, "patch_size": [published["side"]] * 3}
@@ -140,7 +141,9 @@ def test_inference_by_the_command_line_gives_the_published_output(seed, converte
     assert abs(restored.mean(dtype=float) - expected["mean"]) < 1e-5
 
 
-@pytest.mark.parametrize("switch", [{"network_def__network__repeated_octants": False}, {"network_def__network__normalize": True}])
+@pytest.mark.parametrize(
+    "switch", [{"network_def__network__repeated_octants": False}, {"network_def__network__normalize": True}]
+)
 def test_without_a_switch_the_outputs_are_others(switch, converted):
     model = load_weights(declared("pretrain_fs12", **switch), converted("pretrain_fs12", "0"))
     assert differences(model, "pretrain_fs12", "0", "denoise")[0] > 1e-3

@@ -69,6 +69,37 @@ def test_several_channels_start_from_one(pretrained):
         torch.testing.assert_close(several(image.expand(-1, 4, -1, -1, -1)), single(image), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_or_two_channels_start_from_four(channels, tmp_path):
+    """What the checkpoint made of four copies of a scan, the network makes of its own copies."""
+    torch.manual_seed(1)
+    four, network = segmentation_network(in_channels=4).eval(), segmentation_network(in_channels=channels).eval()
+    torch.save(four.state_dict(), tmp_path / "four.pt")
+    assert set(transfer(network, tmp_path / "four.pt").values()) == {"the output layer is new"}
+    network.out.load_state_dict(four.out.state_dict())
+    image = torch.rand(1, 1, 64, 32, 32)
+    with torch.no_grad():
+        copies = (image.expand(-1, count, -1, -1, -1) for count in (channels, 4))
+        torch.testing.assert_close(network(next(copies)), four(next(copies)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_partial_transfer_is_a_warning_and_one_of_less_than_half_an_error(pretrained, tmp_path, caplog):
+    weights = read_weights(pretrained)
+    few = dict(list(weights.items())[:11])
+    torch.save(few, tmp_path / "few.pt")
+    network = segmentation_network()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    sentence = r"few.pt has 11 of the \d+ tensors of --transfer both, 7%; .*--least_transferred"
+    with pytest.raises(BadInput, match=sentence):
+        transfer(network, tmp_path / "few.pt")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    transfer(network, tmp_path / "few.pt", least_share=0.05)
+    assert "few.pt has 11 of the" in caplog.text and caplog.records[-1].levelno == logging.WARNING
+    caplog.clear()
+    transfer(network, pretrained)
+    assert not caplog.records
+
+
 def test_the_state_of_a_run_and_of_parallel_training_are_read_too(pretrained, tmp_path):
     weights = read_weights(pretrained)
     torch.save({"model": {f"module.{name}": value for name, value in weights.items()}, "epoch": 3}, tmp_path / "run.pt")

@@ -59,7 +59,7 @@ def finished(out) -> dict:
 
 def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, capsys):
     out = task.parent / "out"
-    arguments = [str(task), str(out), "--section", "testing", "--methods", "scratch", "all", "--jobs", "2"]
+    arguments = [str(task), str(out), "--section", "testing", "--methods", "scratch", "DAE", "--jobs", "2"]
     process = subprocess.Popen([sys.executable, "-m", "tools.benchmark", *arguments], cwd=ROOT, start_new_session=True)
     while len(before := finished(out)) < 2:
         assert process.poll() is None
@@ -74,7 +74,7 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
 
     rows = list(csv.DictReader((out / "runs.csv").open()))
     assert sorted((row["method"], row["count"]) for row in rows) == sorted(
-        (method, count) for method in ("scratch", "all") for count in "12"
+        (method, count) for method in ("scratch", "DAE") for count in "12"
     )
     text = (out / "table.md").read_text()
     assert text in printed
@@ -83,7 +83,7 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         (case,) = csv.DictReader((folder / "testing/evaluation/val_mean_dice_raw.csv").open())
         assert case["filename"].endswith("fetal_001.nii.gz")
         start = (
-            "starts from scratch" if row["method"] == "scratch" else f"start from {out}/pretraining/all/models/model.pt"
+            "starts from scratch" if row["method"] == "scratch" else f"start from {out}/pretraining/DAE/models/model.pt"
         )
         assert start in (folder / "log.txt").read_text()
         assert float(row["dice"]) == pytest.approx(float(case["mean"]), abs=1e-6)
@@ -95,16 +95,16 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
 
     # Fair: what two runs of a seed are started with differs in the weights alone.
     for count in (1, 2):
-        starts = [json.loads((Run(m, count, 0).folder(out) / "run.json").read_text())[-1] for m in ("scratch", "all")]
+        starts = [json.loads((Run(m, count, 0).folder(out) / "run.json").read_text())[-1] for m in ("scratch", "DAE")]
         scratch, ours = (
             {name: value for name, value in start["overrides"].items() if not name.endswith("_dir")} for start in starts
         )
-        assert ours.pop("pretrained") == str(out / "pretraining/all/models/model.pt")
+        assert ours.pop("pretrained") == str(out / "pretraining/DAE/models/model.pt")
         assert ours == scratch and scratch.get("label_fraction", 1) == count / 2
         assert starts[0]["datalist_sha256"] == starts[1]["datalist_sha256"]
 
     # A run again, by its own command and with as many threads: the same weights, and they are the last.
-    folder, command = benchmark.finetuning(read_task(task), Run("all", 2, 0), out)
+    folder, command = benchmark.finetuning(read_task(task), Run("DAE", 2, 0), out)
     first = read_weights(folder / "models/model.pt")
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for again in (folder / "models/model.pt", folder / "checkpoint_iteration=2.pt"):
@@ -180,7 +180,7 @@ def result(method: str, seed: int, *dice: float) -> Result:
 
 def test_paired_tests_and_the_table_by_hand():
     """Five pairs that all differ by one sign: of 2^5 signs two are as extreme, p = 2/32; of ten, p = 2/1024."""
-    ours = [result("all", seed, *(0.8 + seed / 10 + n / 100 for n in range(5))) for seed in (0, 1)]
+    ours = [result("DAE", seed, *(0.8 + seed / 10 + n / 100 for n in range(5))) for seed in (0, 1)]
     theirs = [result("scratch", seed, *(0.7 + seed / 8 - n / 1000 for n in range(5))) for seed in (0, 1)]
     assert p_value(ours, theirs, by_case=True) == pytest.approx(2 / 32)
     assert p_value(ours, theirs[::-1], by_case=False) == pytest.approx(2 / 1024)

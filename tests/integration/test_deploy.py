@@ -29,9 +29,9 @@ def application(scan, output, bundle) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def bundles(packages, tmp_path_factory):
-    """The folders of the unpacked packages."""
+    """The folder of a training, and that of an unpacked package."""
     folder = tmp_path_factory.mktemp("unpacked")
-    return {name: verify.unpack(zipped, folder) for name, zipped in packages.items()}
+    return {name: place if place.is_dir() else verify.unpack(place, folder) for name, place in packages.items()}
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,11 @@ class Server:
         self.app, self.studies = folder / "apps" / "monaibundle", folder / "studies"
         command = [python, "-m", "monailabel.main", "apps", "--download", "--name", "monaibundle"]
         subprocess.run([*command, "--output", self.app.parent], check=True, cwd=folder, capture_output=True)
-        for zipped in packages.values():
-            zipfile.ZipFile(zipped).extractall(self.app / "model")
+        for name, place in packages.items():
+            if place.is_dir():
+                shutil.copytree(place, self.app / "model" / name)
+            else:
+                zipfile.ZipFile(place).extractall(self.app / "model")
         self.studies.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

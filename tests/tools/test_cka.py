@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from monai.networks.nets import SwinUNETR
 from monai.transforms import LoadImage
 from PIL import Image
 
+from custom.engine.checkpoint import AtomicSaver
+from custom.files import read_json, write_json
 from tests.conftest import PRETRAINING, ROOT, autoencoder
 from tests.custom.test_published import fill, manifest
 from tools.cka import STAGES, cka, compare, hsic, load, main, stage_features
@@ -130,8 +133,8 @@ def run(weights, labelled_lists, tmp_path):
     """Compare two checkpoints by the command line; returns the exit status and the rows of the table by stage."""
 
     def run(checkpoint, other, *more, bundle=FETA, datalist=labelled_lists["fetal"]):
-        arguments = [tmp_path / "out", "--bundle", bundle, "--datalist", datalist, "--patch_size", 64, 32, 32]
-        arguments += ["--checkpoint", weights / f"{checkpoint}.pt", "--other", weights / f"{other}.pt", *more]
+        arguments = [tmp_path / "out", weights / f"{checkpoint}.pt", weights / f"{other}.pt"]
+        arguments += ["--bundle", bundle, "--datalist", datalist, "--patch_size", 64, 32, 32, *more]
         status = main([str(argument) for argument in arguments])
         file = tmp_path / "out" / "cka.csv"
         rows = {row["stage"]: row for row in csv.DictReader(file.open())} if file.exists() else {}
@@ -189,9 +192,23 @@ def test_scans_are_preprocessed_as_the_bundle_does_and_not_disrupted(weights, la
 
 
 def test_ids_that_a_training_had_otherwise_can_be_set(weights):
-    settings = [("full_resolution_skip", False), ("pixdim_mm", [2, 2, 2])]
-    network, parser = load(PRETRAINING, weights / "pre.pt", settings)
-    assert not network.full_resolution_skip and parser["pixdim_mm"] == [2, 2, 2]
+    _, parser = load(PRETRAINING, weights / "pre.pt", {"pixdim_mm": [2, 2, 2]})
+    assert parser["pixdim_mm"] == [2, 2, 2]
+
+
+def test_folders_of_trainings_need_no_settings_and_refuse_others(weights, labelled_lists, tmp_path, capsys):
+    folder, state = tmp_path / "run", torch.load(weights / "fine.pt", weights_only=True)["model"]
+    shutil.copytree(FETA / "configs", folder / "configs")
+    train = read_json(folder / "configs/train.json")
+    place = {"datalist": str(labelled_lists["fetal"]), "dataset_dir": str(labelled_lists["fetal"].parent)}
+    write_json(folder / "configs/train.json", {**train, **place, "fold": 1})
+    record = {"settings": {"pixdim_mm": None}, "overrides": {}}
+    write_json(folder / "run.json", [record])
+    AtomicSaver(folder / "models", folder)(state, "model.pt")
+    arguments = [str(part) for part in (tmp_path / "out", folder, folder, "--patch_size", 64, 32, 32)]
+    assert main(arguments) == 0 and "of 1 scans" in capsys.readouterr().out
+    assert main([*arguments, "--pixdim_mm", "[2,2,2]"]) == 2
+    assert "was trained with pixdim_mm None, and --pixdim_mm gives [2, 2, 2]" in capsys.readouterr().err
 
 
 WRONG = {
@@ -208,9 +225,9 @@ WRONG = {
     "a patch of 48": (("fine", "fine", "--patch_size", 48, 48, 48), "--patch_size [48, 48, 48] does not fit"),
     "no crops": (("fine", "fine", "--crops", 0), "--crops is at least 1, got 0"),
     "few samples": (("fine", "fine", "--crops", 1), "at least 4 positions of a stage, got 2; give more --crops"),
-    "a misspelt id": (("fine", "fine", "--set", "pixdim=1"), "--set pixdim: neither bundle's inference config has"),
+    "a misspelt id": (("fine", "fine", "--pixdim", "1"), "--pixdim: neither bundle's inference config has"),
     "axes as published": (
-        ("published pre", "pre", "--set", "permuted_axes=True", "--other_bundle", PRETRAINING),
+        ("published pre", "pre", "--permuted_axes", "True", "--other_bundle", PRETRAINING),
         "One network permutes the axes of its embedding",
     ),
 }

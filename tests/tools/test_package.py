@@ -19,6 +19,7 @@ from monai.bundle.scripts import _get_git_release_url
 from monai.data import load_net_with_metadata
 from monai.networks.nets import SwinUNETR
 
+from custom.engine.run_bundle import apply
 from custom.files import read_json
 from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
 from tools import package, verify
@@ -61,7 +62,7 @@ def server(tmp_path_factory):
 def released(run_dir, server):
     """A package with the weights of the training, on the server."""
     folder, url = server
-    assert package.main([FETA.name, "--run", str(run_dir), "--output", str(folder), "--source", url]) == 0
+    assert package.main([str(run_dir), "--output", str(folder), "--source", url]) == 0
     return folder / f"{FETA.name}_v0.1.0.zip"
 
 
@@ -86,7 +87,7 @@ def test_a_package_has_the_bundle_and_nothing_else(tmp_path):
     with zipfile.ZipFile(package.build(bundle, tmp_path / "dist")) as archive:
         names = {Path(name).relative_to(BTCV.name).as_posix() for name in archive.namelist()}
     source = {name for name in verify.files(BTCV) if not name.startswith("models/")}
-    custom = {f"custom/{path.name}" for path in (ROOT / "custom").glob("*.py")}
+    custom = {path.relative_to(ROOT).as_posix() for path in (ROOT / "custom").rglob("*.py")}
     sample = {f"sample/{name}" for name in ("scan.nii.gz", "expected.npy", "sample.json")}
     assert names == source - {"custom"} | custom | sample | {verify.SUMS}
 
@@ -107,7 +108,7 @@ def test_the_same_bundle_gives_the_same_bytes(plain, tmp_path):
 
 
 def test_weights_give_the_same_bytes_too(released, run_dir, tmp_path):
-    assert package.build(FETA, tmp_path, run_dir).read_bytes() == released.read_bytes()
+    assert package.build(run_dir, tmp_path).read_bytes() == released.read_bytes()
 
 
 def test_the_test_in_a_package_is_small(plain, released):
@@ -141,9 +142,10 @@ def test_the_index_has_the_model_zoo_s_form(released, server, tmp_path):
 def test_what_the_training_overrode_is_in_the_package(released, run_dir, tmp_path):
     folder = verify.unpack(released, tmp_path)
     changed = {"labels": LABELS, "pixdim_mm": [4, 4, 4], "patch_size": [64, 32, 32], "feature_size": 12}
-    for name in ("train", "inference"):
+    learnt = {"learning_rate": 0.01, "seed": 5, "max_epochs": 2, "val_interval": 1, "num_workers": 0}
+    for name, more in {"inference": {}, "train": learnt}.items():
         before, after = (read_json(path / f"configs/{name}.json") for path in (FETA, folder))
-        assert after == before | changed  # and neither its seed nor its learning rate, epochs and folders
+        assert after == before | changed | more  # and no folder of the machine
     data = read_json(folder / "configs/metadata.json")["network_data_format"]
     assert data["inputs"]["image"]["spatial_shape"] == data["outputs"]["pred"]["spatial_shape"] == [64, 32, 32]
     assert list(data["outputs"]["pred"]["channel_def"].values()) == LABELS
@@ -166,7 +168,7 @@ def test_a_package_says_where_its_weights_come_from(released, run_dir, labelled_
 def test_several_channels_and_the_best_of_a_pre_training(tmp_path):
     for bundle in (BTCV, PRETRAINING):
         shutil.copytree(bundle, tmp_path / bundle.name)
-    package.apply({"in_channels": 2, "intensity#a_max": 300, "datalist": "a.json"}, tmp_path / BTCV.name)
+    apply({"in_channels": 2, "intensity#a_max": 300}, tmp_path / BTCV.name)
     image = read_json(tmp_path / BTCV.name / "configs/metadata.json")["network_data_format"]["inputs"]["image"]
     assert image["num_channels"] == 2 and image["channel_def"] == {"0": "image 0", "1": "image 1"}
     for name in ("train", "inference"):
@@ -180,8 +182,8 @@ def test_several_channels_and_the_best_of_a_pre_training(tmp_path):
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
 def test_a_config_in_which_nothing_changes_stays_as_it_is(bundle, tmp_path):
     shutil.copytree(bundle, tmp_path / bundle.name)
-    package.apply({"learning_rate": 1, "output_dir": "/elsewhere"}, tmp_path / bundle.name)
-    for name in ("train", "inference", "metadata"):
+    apply({"learning_rate": 1, "output_dir": "/elsewhere"}, tmp_path / bundle.name)
+    for name in ("inference", "metadata"):
         file = f"configs/{name}.json"
         assert (tmp_path / bundle.name / file).read_bytes() == (bundle / file).read_bytes()
 
@@ -190,10 +192,7 @@ def test_a_config_in_which_nothing_changes_stays_as_it_is(bundle, tmp_path):
     "arguments, expected",
     [
         (["nowhere"], "nowhere is no bundle"),
-        ([BTCV.name, "--run", "nowhere"], "nowhere is no finished training, it has no run.json"),
-        ([BTCV.name, FETA.name, "--run", "nowhere"], "name it"),
-        (["--run", "nowhere"], "name it"),
-        ([BTCV.name, "--weights_url", "http://127.0.0.1"], "--weights_url is for the weights of a --run"),
+        ([BTCV.name, "--weights_url", "http://127.0.0.1"], "--weights_url is for the weights of a training"),
     ],
 )
 def test_wrong_arguments(arguments, expected, tmp_path, capsys):
@@ -201,9 +200,10 @@ def test_wrong_arguments(arguments, expected, tmp_path, capsys):
     assert expected in capsys.readouterr().err and not list(tmp_path.glob("*.zip"))
 
 
-def test_a_training_of_another_bundle(run_dir, tmp_path, capsys):
-    assert package.main([BTCV.name, "--run", str(run_dir), "--output", str(tmp_path)]) == 2
-    assert f"is a training of {FETA.name}, not of {BTCV.name}" in capsys.readouterr().err
+def test_a_training_that_has_no_weights_yet(run_dir, tmp_path, capsys):
+    shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("model.pt"))
+    assert package.main([str(tmp_path / "run"), "--output", str(tmp_path)]) == 2
+    assert "is no finished training, it has no models/model.pt" in capsys.readouterr().err
 
 
 def test_torchscript_has_the_package_s_patch_size_and_no_need_of_custom(released, tmp_path):
@@ -223,7 +223,7 @@ def test_torchscript_has_the_package_s_patch_size_and_no_need_of_custom(released
 def test_large_weights_are_fetched_by_monai_and_verified(run_dir, server, tmp_path):
     folder, url = server
     out = folder / "large"
-    assert package.main([FETA.name, "--run", str(run_dir), "--output", str(out), "--weights_url", f"{url}/large"]) == 0
+    assert package.main([str(run_dir), "--output", str(out), "--weights_url", f"{url}/large"]) == 0
     zipped = out / f"{FETA.name}_v0.1.0.zip"
     assert zipped.stat().st_size < 1e6
     unpacked = verify.unpack(zipped, tmp_path)

@@ -3,12 +3,14 @@ import statistics
 
 from torch import nn
 
+from tests.conftest import fork_server
 from tools.studies import speed
 
 SMALLEST = "--feature_size 12 --patch_size 64 32 32 --volume 40 32 36 --volumes 2 --crops 1 --repeats 1"
 
 
 def test_everything_is_measured_and_the_figures_agree(tmp_path, capsys):
+    fork_server()  # its processes are forked from the one that the other tests use
     assert speed.main([str(tmp_path), *SMALLEST.split()]) == 0
     assert speed.main([str(tmp_path), *SMALLEST.split(), "--only", "inference"]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())

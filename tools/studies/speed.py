@@ -116,7 +116,7 @@ def seconds(work: Callable[[], Any]) -> dict[str, float]:
 
 
 def medians(results: list[dict[str, float]]) -> dict[str, float]:
-    """Return the median of each figure."""
+    """Return the median of each value."""
     return {key: statistics.median(result[key] for result in results) for key in results[0]}
 
 
@@ -298,7 +298,7 @@ def rounds(function: Callable, names: list[str], repeats: int, before: list[dict
         before: rows of an earlier run, whose rounds count too.
 
     Returns:
-        rows of name, the rounds' figures, their medians under the same names, and ratios (of the first row's median to
+        rows of name, the rounds' values, their medians under the same names, and ratios (of the first row's median to
         this one).
     """
     found = {name: [] for name in names} | {row["name"]: row["rounds"] for row in before}
@@ -308,9 +308,9 @@ def rounds(function: Callable, names: list[str], repeats: int, before: list[dict
             print(f"{function.__name__} {number + 1}/{repeats}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     rows = [{"name": name, "rounds": results, **medians(results)} for name, results in found.items()]
     for row in rows:
-        for figure, ratio in RATIOS.items():
-            if figure in row:
-                row[ratio] = rows[0][figure] / row[figure]
+        for name, ratio in RATIOS.items():
+            if name in row:
+                row[ratio] = rows[0][name] / row[name]
     return rows
 
 
@@ -350,7 +350,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure and write.
 
     Raises:
-        BadInput: for a patch that the network can't take, or a folder with figures of other settings.
+        BadInput: for a patch that the network can't take, or a folder with values of other settings.
     """
     settings = {name: getattr(options, name) for name in SETTINGS}
     check_patch_size(options.patch_size)

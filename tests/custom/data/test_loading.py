@@ -143,7 +143,7 @@ BAD_LABELS = {
     "fraction": (np.full((4, 5, 6), 0.5), 0, "holds 0.5, but the ids"),
     "negative": (np.full((4, 5, 6), -1), 0, "holds -1, but the ids"),
     "shape": (np.zeros((4, 5, 7)), 0, r"has the shape \(4, 5, 7\), its scan .*image.nii has \(4, 5, 6\)"),
-    "4D": (np.zeros((4, 5, 6, 2)), 0, "has the shape"),
+    "4D": (np.zeros((4, 5, 6, 2)), 0, "is not a 3D label map but"),
     "affine": (np.zeros((4, 5, 6)), 1, "lies elsewhere than its scan .*image.nii: .* 1 mm apart"),
 }
 

@@ -1,5 +1,6 @@
 """Weights are written whole or not at all, and a bad file is told in a sentence; see also `test_transfer`."""
 
+import math
 import os
 
 import pytest
@@ -39,7 +40,11 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 
 def test_the_best_weights_are_kept_and_the_last_where_nothing_was_validated(tmp_path):
     network = torch.nn.Linear(1, 1, bias=False)
-    for folder, scores, kept in (("validated", (0.5, 0.75, 0.25), 0.75), ("not", (), 3.0)):
+    for folder, scores, kept in (
+        ("validated", (math.nan, 0.5, 0.75, 0.25, math.nan), 0.75),
+        ("not", (), 3.0),
+        ("not measured", (math.nan, math.nan), 3.0),
+    ):
         evaluator, trainer = SupervisedEvaluator("cpu", [], network, epoch_length=0), Engine(lambda *_: None)
         place = {"save_handler": AtomicSaver(tmp_path / folder), "filename_pattern": "model.pt", "n_saved": 1}
         best = Checkpoint({"model": network}, **place, score_function=lambda evaluator: evaluator.state.score)

@@ -1,6 +1,7 @@
 import pytest
+import torch
 
-from custom.engine.config_check import check_ids, check_patch_size, unused_ids
+from custom.engine.config_check import arguments_of, check_ids, check_patch_size, check_paths, unused_ids
 from custom.errors import BadInput
 
 CONFIG = {
@@ -47,3 +48,34 @@ def test_patches_that_fit(size):
 def test_patches_that_do_not_fit(size):
     with pytest.raises(BadInput, match="multiples of 32"):
         check_patch_size(size)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"output_dir": 20261126}, "`output_dir` is the number 20261126; write a folder of that name as ./20261126"),
+        ({"checkpoints": ["a.pt", 3]}, "`checkpoints#1` is the number 3"),
+        ({"dataset_dir": "/data/a::1"}, "`dataset_dir` is /data/a::1; a config can't hold a path with #"),
+        ({"store": "runs/x::y"}, "`store` is runs/x::y"),
+    ],
+)
+def test_paths_that_are_not_what_was_typed(config, told):
+    with pytest.raises(BadInput) as caught:
+        check_paths({"seed": 3, "resume": True, "datalist": "$@bundle_root + 'a::b'", "pretrained": None, **config})
+    assert told in str(caught.value)
+
+
+def test_a_path_that_has_two_colons_and_is_there(tmp_path):
+    (tmp_path / "a::b").mkdir()
+    check_paths({"dataset_dir": str(tmp_path / "a::b"), "checkpoint": "@other::id"})
+
+
+def test_arguments_of_our_classes_are_those_of_their_bases_too():
+    class Ours(torch.nn.Linear):
+        def __init__(self, colour, **kwargs):
+            super().__init__(**kwargs)
+
+    assert arguments_of(Ours) == set()  # of a module of somebody else, which may hand them to anybody
+    Ours.__module__ = "custom.somewhere"
+    assert {"colour", "in_features", "bias"} <= arguments_of(Ours) and "color" not in arguments_of(Ours)
+    assert arguments_of(torch.nn.Linear) >= {"in_features"} and "lr" in arguments_of(torch.optim.AdamW)

@@ -67,7 +67,12 @@ def test_summaries_name_the_folders_what_was_left_out_and_the_next_step(capsys):
     TrainingSummary("runs/a", "runs/a/models", Data()).attach(run)
     run.run([0])
     told = capsys.readouterr().out
-    for part in ("Weights: runs/a/models/model.pt", "TensorBoard: runs/a\n", "Left out: 1 of 3 cases", "Next: "):
+    for part in (
+        "Weights: runs/a/models/model.pt",
+        "TensorBoard: runs/a\n",
+        "Left out: 1 of 3 cases",
+        "--bundle_root runs/a --dataset_dir",
+    ):
         assert part in told
     run = engine()
     EvaluationSummary("Pictures", "runs/a/evaluation").attach(run)

@@ -1,11 +1,15 @@
 """A recording of a training step computes what the step computes; on a GPU, where there is one."""
 
 import copy
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from monai.inferers import SimpleInferer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from custom.speed.cuda_graph import CUDAGraphInferer
 from tests.conftest import autoencoder
@@ -65,3 +69,75 @@ def test_on_a_cpu_it_is_a_simple_inferer():
     network = autoencoder(0).train()
     image = torch.rand(1, 1, 32, 32, 64)
     torch.testing.assert_close(CUDAGraphInferer()(image, network), network(image))
+
+
+class Recorder(TorchDispatchMode):
+    """A double of `torch.cuda.CUDAGraph` for a CPU: its operators run again on the same memory when it is replayed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **kwargs or {})
+        self.calls.append((function, args, kwargs or {}, output))
+        return output
+
+    def pool(self):
+        return None
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, output in self.calls:
+            for recorded, anew in zip(tree_leaves(output), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(recorded, torch.Tensor) and recorded.data_ptr() != anew.data_ptr():
+                    recorded.copy_(anew)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Let a CPU record as a GPU does."""
+    monkeypatch.setattr(CUDAGraphInferer, "device_type", "cpu")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, capture_error_mode=None: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", MagicMock)
+    for name in ("current_stream", "stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    fork_rng = torch.random.fork_rng
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: fork_rng([]))
+
+
+class Small(nn.Module):
+    """What can go wrong, in few weights: two outputs, masks that are drawn anew, a weight that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True), nn.GELU())
+        self.decoder = nn.Conv3d(4, 1, 3, padding=1)
+        self.decoder.bias.requires_grad_(False)
+
+    def forward(self, image):
+        hidden = self.encoder(image)
+        return self.decoder(hidden * torch.rand_like(hidden).gt(0.6)), hidden.mean((2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+@pytest.mark.parametrize("zero_grad", [lambda o: o.zero_grad(), lambda o: o.zero_grad(False), lambda o: None])
+def test_gradients_of_a_recording_reach_the_weights(zero_grad, recorder):
+    """As above, on a CPU, by the double: the order of the sums is another, and nothing else."""
+    torch.manual_seed(0)
+    network = Small().train()
+    other = copy.deepcopy(network)
+    images = [torch.rand(size, 1, 6, 5, 4) for size in (2, 2, 1, 2)]
+    expected = train(SimpleInferer(), network, images, zero_grad)
+    inferer = CUDAGraphInferer()
+    found = train(inferer, other, images, zero_grad)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert other.decoder.bias.grad is None
+    graphs = inferer.recording.forward, inferer.recording.backward
+    inferer(images[0], other.eval())
+    assert [graph.replays for graph in graphs] == [3, 3]  # not for the batch of another shape, nor in evaluation

@@ -1,0 +1,45 @@
+"""Save what was made of a scan at the scan's own place."""
+
+import os
+from collections.abc import Mapping
+
+import nibabel
+import numpy as np
+from monai.config import PathLike
+from monai.data import ImageWriter, NibabelWriter
+
+from custom.data.nifti import PLACE, corner_distance_mm
+
+
+class PlaceWriter(NibabelWriter):
+    """MONAI's `NibabelWriter`, which keeps all that the scan's NIfTI header says of where it lies.
+
+    That is its sform and qform with both codes, `pixdim` and the unit. `NibabelWriter` writes one affine as both, with
+    the code 1, so that programs which take the other form put scan and label map apart. Nothing else is kept: a header
+    may also hold what says who the patient is.
+
+    Args: see `NibabelWriter`; the scan's header is in the metadata of the `MetaTensor` to save, if it is NIfTI.
+    """
+
+    def set_metadata(self, meta_dict: Mapping, resample: bool = True, **options) -> None:
+        super().set_metadata(meta_dict, resample, **options)
+        self.header = nibabel.Nifti1Header() if PLACE[0] in meta_dict else None
+        for name in PLACE if self.header is not None else ():
+            self.header[name] = np.asarray(meta_dict[name])
+
+    def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
+        if self.header is None:
+            return super().write(filename, verbose=verbose, **kwargs)
+        ImageWriter.write(self, filename, verbose=verbose)
+        self.header.set_data_dtype(self.output_dtype)
+        # Without an affine: nibabel would write it over the forms.
+        image = nibabel.Nifti1Image(self.data_obj.astype(self.output_dtype, copy=False), None, self.header)
+        distance_mm = corner_distance_mm(image.header.get_best_affine(), self.affine, image.shape)
+        if distance_mm > 1e-2:
+            raise ValueError(f"What is saved to {filename} is not on its scan, but up to {distance_mm:g} mm off.")
+        nibabel.save(image, filename)
+
+
+def name_by_case(meta: Mapping, _: object) -> dict:
+    """Name what `SaveImaged` writes by the case; where a program gives none, by the scan's file."""
+    return {"subject": meta.get("case") or os.path.basename(str(meta.get("filename_or_obj", 0))), "idx": None}
