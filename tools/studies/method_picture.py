@@ -4,11 +4,12 @@
     python -m tools.datalist scans.json t2=phantoms/fetal/images --validation 0.1
     python -m monai.bundle run --config_file bundles/dae_pretraining/configs/train.json \\
         --bundle_root bundles/dae_pretraining --datalist scans.json --output_dir RUN --feature_size 12 \\
-        --patch_size "[64,64,64]" --batch_size 1 --max_iterations 280 --warmup_iterations 15 --learning_rate 0.004
+        --patch_size "[64,64,32]" --batch_size 1 --max_iterations 280 --warmup_iterations 15 --learning_rate 0.004
     python -m tools.studies.method_picture docs/pictures/method.png RUN/models/model.pt
 
 The subject drawn is not among those that the network was trained on. Everything in the picture is computed: the masked
-embedding is that of the network, and the restored scan is its answer with the masking on, as in training.
+embedding is that of the network, and the restored scan is its answer with the masking on, as in training. The picture
+in docs/ is of the 98th iteration.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from custom.network import disruptive_autoencoder
 from tools import phantom
 from tools._cli import tool
 
-SUBJECT, SIDE, FEATURES, SLICE, MASKED = 100, 64, 12, 34, 0.6
+SUBJECT, SIDE, FEATURES, SLICE, MASKED = 100, 96, 12, 51, 0.6
 ACCENT, GREY, PALE = "#c2410c", "#475569", "#e2e8f0"
 # In inches: panels from left to right.
 WIDTH, HEIGHT, PANEL, GAP, LEFT, BOTTOM = 11.6, 4.35, 2.3, 0.7, 0.15, 1.25
 
 
 def compute(weights: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a scan, disrupted, and restored, (64, 64, 64) each, and its masked embedding (12, 32, 32, 32)."""
+    """Return a scan, disrupted, and restored, (96, 96, 96) each, and its masked embedding (12, 48, 48, 48)."""
     drawn = phantom.fetal_head(SUBJECT, SIDE)[0]
     scan = torch.as_tensor(NormalizeIntensity(nonzero=True)(drawn[None].astype("float32")))
     disrupted = Disrupt().set_random_state(seed=0)(scan)
