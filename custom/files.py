@@ -10,7 +10,7 @@ from typing import Any
 from custom.errors import BadInput
 
 LINE = 119  # characters
-NAMES = {dict: "object", list: "list"}
+NAMES: dict[type, str] = {dict: "object", list: "list"}
 
 
 @contextlib.contextmanager

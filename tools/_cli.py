@@ -28,7 +28,7 @@ def tool(
     run: Callable[[argparse.Namespace], int | None],
     stopped: str = "nothing was written",
     takes_ids: bool = False,
-) -> Callable[[Sequence[str] | None], int]:
+) -> Callable[..., int]:
     """Return a tool's `main`.
 
     Args:

@@ -30,18 +30,21 @@ MIN_SHAPE = 32
 OUTSIDE_MM = -1e3  # depth given to voxels that are nowhere near a structure
 
 
+Point = tuple[float, float, float]
+
+
 class Ball(NamedTuple):
     """Axis-aligned ellipsoid."""
 
-    centre_mm: tuple[float, float, float]
-    radii_mm: tuple[float, float, float]
+    centre_mm: Point
+    radii_mm: Point
 
 
 class Tube(NamedTuple):
     """Polyline of constant radius with round ends."""
 
     radius_mm: float
-    points_mm: tuple[tuple[float, float, float], ...]
+    points_mm: tuple[Point, ...]
 
 
 def _solids(text: str) -> tuple[Ball | Tube, ...]:
@@ -164,11 +167,16 @@ class _Canvas:
         move = self.rng.uniform(-shift_mm, shift_mm, 3).tolist()
         grow = self.rng.uniform(1 - scale, 1 + scale)
 
-        def moved(point: tuple[float, ...]) -> tuple[float, ...]:
-            return tuple(p + m for p, m in zip(point, move, strict=True))
+        def moved(point: Point) -> Point:
+            x, y, z = (p + m for p, m in zip(point, move, strict=True))
+            return x, y, z
+
+        def grown(radii: Point) -> Point:
+            x, y, z = (radius * grow for radius in radii)
+            return x, y, z
 
         return [
-            Ball(moved(solid.centre_mm), tuple(radius * grow for radius in solid.radii_mm))
+            Ball(moved(solid.centre_mm), grown(solid.radii_mm))
             if isinstance(solid, Ball)
             else Tube(solid.radius_mm * grow, tuple(map(moved, solid.points_mm)))
             for solid in solids
@@ -213,7 +221,12 @@ class _Canvas:
         gaps = [o - share * d for o, d in zip(offset, along, strict=True)]
         depth[window] = np.maximum(depth[window], radius_mm - np.sqrt(sum(gap * gap for gap in gaps)))
 
-    def paint(self, depth_mm: np.ndarray, values: float | Sequence[float], label: int | None = None) -> None:
+    def paint(
+        self,
+        depth_mm: np.ndarray,
+        values: float | np.ndarray | Sequence[float | np.ndarray],
+        label: int | None = None,
+    ) -> None:
         """Blend ``values`` (one per channel) in where the depth is positive, with a one-voxel soft edge."""
         cover = np.minimum(np.maximum(depth_mm / self.voxel_mm + 0.5, 0), 1)
         for channel, value in zip(self.image, values if isinstance(values, tuple | list) else [values], strict=True):
@@ -323,7 +336,7 @@ def abdomen_ct(subject: int, shape: int = 96, seed: int = 0) -> tuple[np.ndarray
             paint(np.minimum(inside - 6, y - vary(14, 34)), -900)  # gas rises to the front of a supine patient
         elif "kidney" in name:
             paint(np.minimum(inside - 7, 7 * (lumpy + 0.2)), hu - 45)  # pyramids
-            x_mm, _, z_mm = solids[0].centre_mm
+            x_mm, _, z_mm = next(solid.centre_mm for solid in solids if isinstance(solid, Ball))
             sinus = np.minimum(inside + 3, depth([Ball((0.76 * x_mm, -40, z_mm), (11, 9, 22))]))
             canvas.label[(sinus > 0) & (canvas.label == label)] = 0
             paint(sinus, -70)
@@ -334,12 +347,12 @@ def abdomen_ct(subject: int, shape: int = 96, seed: int = 0) -> tuple[np.ndarray
 
     image = canvas.image[0] + (body > 0) * (5 * mottle) + vary(9, 15) * rng.standard_normal(body.shape, np.float32)
     image = np.rint(np.minimum(np.maximum(image, -1024), 3000)).astype(np.int16)
-    affine, label = canvas.affine(), canvas.label
+    affine, label_map = canvas.affine(), canvas.label
     if subject % 2:
         affine[:2, 3] += (shape - 1) * affine.diagonal()[:2]
         affine[:2, :2] *= -1
-        image, label = image[::-1, ::-1].copy(), label[::-1, ::-1].copy()
-    return image, label, affine
+        image, label_map = image[::-1, ::-1].copy(), label_map[::-1, ::-1].copy()
+    return image, label_map, affine
 
 
 def _head(

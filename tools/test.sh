@@ -18,6 +18,7 @@ if [ "${1-}" = integration ]; then
 else
     ruff check .
     ruff format --check .
+    mypy
 fi
 # Two workers of one thread each: most of the time goes into processes that are started one after the other.
 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile "$@"
