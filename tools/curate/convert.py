@@ -1,0 +1,375 @@
+"""Make one NIfTI volume of a stack of DICOM images or of a file in another format, and trust no converter alone.
+
+DICOM goes through dcm2niix; each voxel of what it writes is compared with what pydicom decodes, put where the headers
+say. Other formats are read by nibabel or SimpleITK. What is written has a new header: none of the old one's texts.
+"""
+
+import gzip
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import dcm2niix
+import nibabel
+import numpy as np
+import pydicom
+import SimpleITK
+from nibabel.nicom import dicomwrappers
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from tools.curate.rules import Rules
+from tools.curate.series import LPS_TO_RAS
+from tools.datalist import DEFLATE_RATIO, inspect_file
+
+AIR_HU, DENSEST_HU = -1024, 3071  # of 12 bits, which is what scanners reconstruct
+
+
+class Refused(ValueError):
+    """Why a volume can't be made, in words that hold nothing of the header's texts."""
+
+
+def convert_dicom(files: Sequence[tuple[str, int]], copies: Sequence[tuple[str, str]], record: dict, affine, scratch: str, rules: Rules):
+    """Convert a stack.
+
+    Args:
+        files: (path, frame) of the slices in order.
+        copies: (path, path) of files that claim to be one image.
+        record: header of the first slice.
+        affine: voxel to RAS by the headers; None for a mosaic.
+        scratch: folder for the converter.
+        rules: its time limit.
+
+    Returns:
+        Voxels in the order that the converter gives them, their affine, and notes.
+
+    Raises:
+        Refused: for pixel data that is truncated or damaged, copies that differ, or a converter that fails, takes too
+            long, or gives another volume than the headers and pixels say.
+    """
+    notes = ["lossy compression"] if record["lossy"] else []
+    paths = list(dict.fromkeys(path for path, _ in files))
+    for kept, copy in copies:
+        if not np.array_equal(_pixels(kept), _pixels(copy)):
+            raise Refused("one SOPInstanceUID on different images")
+    if copies:
+        notes.append(f"{len(copies)} further copies of its images")
+    expected, affine = _mosaic(paths[0]) if record["mosaic"] else (_stack(files), np.array(affine))
+    last = "the converter wrote nothing"
+    for clean in (False, True):
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            for volume in _dcm2niix(paths, Path(folder), clean, rules.timeout_s):
+                last = _difference(volume, expected, affine, record["lossy"])
+                if not last:
+                    voxels = np.asanyarray(volume.dataobj)
+                    return _without_padding(voxels, record, paths[0], notes), volume.affine, notes
+    raise Refused(last)
+
+
+def _dataset(path: str) -> pydicom.Dataset:
+    """Read an image; one without a meta header gets the transfer syntax that its elements are written in."""
+    dataset = pydicom.dcmread(path, force=True)
+    if "TransferSyntaxUID" not in dataset.file_meta:
+        implicit, little = dataset.original_encoding
+        syntax = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = syntax if little or implicit else pydicom.uid.ExplicitVRBigEndian
+    return dataset
+
+
+def _pixels(path: str) -> np.ndarray:
+    """Return the stored pixel values, (frames, rows, columns)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = _dataset(path)
+            pixels = dataset.pixel_array
+            if dataset.file_meta.TransferSyntaxUID.is_compressed:
+                with open(path, "rb") as stream:
+                    stream.seek(-min(os.path.getsize(path), 65536), os.SEEK_END)
+                    if b"\xfe\xff\xdd\xe0" not in stream.read():  # decoders fill up what is missing at the end
+                        raise Refused("truncated pixel data")
+    except Refused:
+        raise
+    except Exception as error:
+        short = re.search(r"less than|too short|truncat|not enough|unexpected end|end of", str(error), re.IGNORECASE)
+        raise Refused("truncated pixel data" if short else f"damaged pixel data: {type(error).__name__}") from error
+    return pixels[None] if pixels.ndim == 2 else pixels
+
+
+def _rescale(dataset: pydicom.Dataset, frame: int) -> tuple[float, float]:
+    """Return slope and intercept of a frame."""
+    for name in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        groups = dataset.get(name)
+        if groups:
+            values = groups[frame if name.startswith("Per") else 0].get("PixelValueTransformationSequence")
+            if values:
+                return float(values[0].get("RescaleSlope") or 1), float(values[0].get("RescaleIntercept") or 0)
+    return float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+
+
+def _stack(files: Sequence[tuple[str, int]]) -> np.ndarray:
+    """Return the rescaled pixels of the slices, (columns, rows, slices), int32 where all are whole, else float32."""
+    slices, held, pixels, dataset = [], None, None, None
+    for path, frame in files:
+        if path != held:
+            held, pixels, dataset = path, _pixels(path), _dataset(path)
+        if frame >= len(pixels):
+            raise Refused("truncated pixel data")
+        slope, intercept = _rescale(dataset, frame)
+        own = pixels[frame]
+        if slope != 1 or intercept != int(intercept):
+            own = (own * slope + intercept).astype(np.float32)
+        else:
+            own = own.astype(np.int32) + int(intercept)
+        slices.append(own.T)
+    if len({part.shape for part in slices}) > 1:
+        raise Refused("images of several sizes in one series")
+    if len({part.dtype for part in slices}) > 1:
+        slices = [part.astype(np.float32) for part in slices]
+    return np.stack(slices, axis=-1)
+
+
+def _mosaic(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return voxels and affine (to RAS) of a Siemens mosaic, as nibabel reads it."""
+    _pixels(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = dicomwrappers.wrapper_from_data(_dataset(path))
+            return np.asarray(image.get_data()), LPS_TO_RAS @ image.affine
+    except Exception as error:
+        raise Refused(f"mosaic whose private header can't be read: {type(error).__name__}") from error
+
+
+def _dcm2niix(paths: list[str], folder: Path, clean: bool, timeout_s: float) -> list[nibabel.Nifti1Image]:
+    """Run the converter on links to the images or, if clean, on copies that hold nothing unusual."""
+    given, made = folder / "given", folder / "made"
+    given.mkdir()
+    made.mkdir()
+    for number, path in enumerate(paths):
+        target = given / f"{number:06d}.dcm"
+        if clean:
+            _clean_copy(path, target)
+        else:
+            target.symlink_to(os.path.abspath(path))
+    # No side file (it would hold dates), no compression, no cropping, the values that the headers' rescaling gives.
+    options = "-b n -z n -x n -p n -m y -f volume -o".split()
+    try:
+        subprocess.run(
+            [dcm2niix.bin, *options, str(made), str(given)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, timeout=timeout_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise Refused(f"the converter took longer than timeout_s = {timeout_s:g}") from error
+    return [nibabel.load(file) for file in sorted(made.glob("*.nii"))]
+
+
+def _clean_copy(path: str, target: Path) -> None:
+    """Write an image uncompressed, with a meta header, and only the elements that a volume is made of."""
+    dataset = _dataset(path)
+    dataset.decompress() if dataset.file_meta.TransferSyntaxUID.is_compressed else None
+    keep = """SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SeriesNumber AcquisitionNumber
+    InstanceNumber Rows Columns NumberOfFrames PixelSpacing SliceThickness ImageOrientationPatient ImageType
+    ImagePositionPatient SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation
+    RescaleSlope RescaleIntercept EchoTime RepetitionTime SharedFunctionalGroupsSequence ImageOrientation
+    PerFrameFunctionalGroupsSequence DimensionIndexSequence Manufacturer""".split()
+    copy = pydicom.Dataset()
+    for name in keep:
+        if name in dataset:
+            copy[name] = dataset[name]
+    copy.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[path])
+    copy.SOPClassUID = dataset.get("SOPClassUID") or pydicom.uid.CTImageStorage
+    copy.PixelData = np.ascontiguousarray(dataset.pixel_array).tobytes()
+    copy["PixelData"].VR = "OW"
+    copy.file_meta = pydicom.dataset.FileMetaDataset()
+    copy.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
+    copy.file_meta.MediaStorageSOPInstanceUID = copy.SOPInstanceUID
+    copy.save_as(target, enforce_file_format=True)
+
+
+def _difference(volume: nibabel.Nifti1Image, expected: np.ndarray, affine: np.ndarray, lossy: bool) -> str:
+    """Return how a converted volume differs from what pydicom and the headers say, "" if it does not."""
+    if len(volume.shape) != 3 or sorted(volume.shape) != sorted(expected.shape):
+        return f"the converter's volume has {'x'.join(map(str, volume.shape))} voxels, the images {'x'.join(map(str, expected.shape))}"
+    to_expected = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(volume.affine), nibabel.io_orientation(affine)
+    )
+    shape = np.array(volume.shape)
+    moved = volume.affine @ nibabel.orientations.inv_ornt_aff(to_expected, shape)
+    corners = np.array([(*np.multiply(corner, np.array(expected.shape) - 1), 1) for corner in np.ndindex(2, 2, 2)])
+    apart_mm = np.linalg.norm(corners @ (moved - affine).T, axis=1).max()
+    if not apart_mm < 0.05 + 0.1 * np.linalg.norm(affine[:3, :3], axis=0).min():
+        return f"the converter puts a corner {apart_mm:.3g} mm from where the headers do"
+    voxels = nibabel.orientations.apply_orientation(np.asanyarray(volume.dataobj), to_expected)
+    if voxels.shape != expected.shape:
+        return "the converter's volume has its axes elsewhere"
+    for k in range(voxels.shape[2]):  # a slice at a time, as float64 of a whole volume is large
+        one, other = voxels[..., k].astype(np.float64), expected[..., k].astype(np.float64)
+        most = max(np.abs(other).max(), 1)
+        if np.abs(one - other).max() > (2 if lossy else 0) + 1e-5 * most:
+            return f"the converter's voxels differ from the decoded ones, by up to {np.abs(one - other).max():.3g}"
+    return ""
+
+
+def _without_padding(voxels: np.ndarray, record: dict, path: str, notes: list[str]) -> np.ndarray:
+    """Put air where a CT has its padding value outside of what scanners give."""
+    if record["modality"] != "CT" or record["padding"] is None:
+        return voxels
+    slope, intercept = _rescale(_dataset(path), 0)
+    voxels = np.array(voxels)
+    for wrapped in (0, -65536, 65536):  # the header writes it signed or unsigned, whatever the pixels are
+        value = (record["padding"] + wrapped) * slope + intercept
+        if not AIR_HU <= value <= DENSEST_HU and (padded := voxels == value).any():
+            voxels[padded] = AIR_HU
+            notes.append("padding set to air")
+    return voxels
+
+
+def convert_image(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Read a volume of another format: "nifti", "analyze", "mgh" or "itk" (MetaImage, NRRD).
+
+    Returns:
+        Voxels, the affine to RAS, and notes.
+
+    Raises:
+        Refused: for what is no single 3D volume of one number a voxel, or does not say where its voxels lie.
+    """
+    try:
+        with warnings.catch_warnings(), nibabel.imageglobals.LoggingOutputSuppressor():
+            warnings.simplefilter("ignore")
+            voxels, affine, notes = _itk(path, rules) if kind == "itk" else _nibabel(path, kind, rules)
+    except Refused:
+        raise
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise Refused("truncated or corrupted") from error
+    except Exception as error:
+        raise Refused(f"can't be read: {type(error).__name__}") from error
+    columns = affine[:3, :3]
+    spacing_mm = np.linalg.norm(columns, axis=0)
+    if not np.isfinite(affine).all() or not (spacing_mm > 0).all():
+        raise Refused("affine that is singular or not finite")
+    cosines = (columns / spacing_mm).T @ (columns / spacing_mm)
+    if np.abs(cosines - np.eye(3)).max() > np.sin(np.radians(rules.max_tilt_deg)):
+        raise Refused("sheared axes")
+    return voxels, affine, notes
+
+
+def _plausible(path: str, shape: Sequence[int], itemsize: int, rules: Rules) -> None:
+    """Raise for voxels that a file can't hold, before memory is asked for."""
+    size = float(np.prod(np.array(shape, float))) * itemsize
+    stored = os.path.getsize(path)
+    if re.search(r"\.(hdr|mhd|nhdr)(\.gz)?$", path, re.IGNORECASE):
+        folder, stem = Path(path).parent, re.sub(r"\.(hdr|mhd|nhdr)(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
+        stored += sum(other.stat().st_size for other in folder.iterdir() if other.name.startswith(stem) and other.is_file())
+    if size > rules.max_file_gb * 1e9 or size > stored * DEFLATE_RATIO + 4096:
+        raise Refused("truncated or corrupted: it claims more voxels than it can hold")
+
+
+def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    notes = []
+    if path.lower().endswith((".nii", ".nii.gz")):
+        reason = inspect_file(path, headers_only=True).reason  # the check of every data list
+        if reason:
+            raise Refused(re.sub(r"ImageFileError.*|HeaderDataError.*", "", reason))
+    image = nibabel.load(path)
+    if type(image) not in (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair, nibabel.AnalyzeImage, nibabel.Spm99AnalyzeImage, nibabel.Spm2AnalyzeImage, nibabel.MGHImage):
+        raise Refused(f"not a 3D volume: {type(image).__name__}")
+    shape = image.shape
+    if len(shape) > 3 and np.prod(shape[3:]) > 1:
+        raise Refused(f"4D: {np.prod(shape[3:])} volumes")
+    if len(shape) < 3 or min(shape[:3]) < 2:
+        raise Refused("not a 3D volume")
+    if image.get_data_dtype().kind not in "iuf":
+        raise Refused("colour or complex voxels")
+    _plausible(path, shape, image.get_data_dtype().itemsize, rules)
+    affine = np.array(image.affine, float)
+    if kind == "nifti":
+        header = image.header
+        qform, sform = image.get_qform(coded=True), image.get_sform(coded=True)
+        if not qform[1] and not sform[1]:
+            raise Refused("neither qform nor sform: it does not say how it lies")
+        if qform[1] and sform[1]:
+            lengths = [np.linalg.norm(form[0][:3, :3], axis=0) for form in (qform, sform)]
+            axes = [nibabel.aff2axcodes(form[0]) for form in (qform, sform)]
+            if axes[0] != axes[1] or not np.allclose(*lengths, rtol=0.02):
+                raise Refused("qform and sform disagree on axes or spacing")
+        unit = int(header["xyzt_units"]) & 7
+        if unit in (1, 3):  # metres, micrometres
+            affine[:3] *= 1000.0 if unit == 1 else 0.001
+            notes.append("units other than mm in its header")
+    elif kind == "analyze":
+        notes.append("left and right by Analyze's convention")
+        if not (np.asarray(image.header["pixdim"][1:4]) > 0).all():
+            raise Refused("no spacing above 0 in its header")
+    voxels = np.asanyarray(image.dataobj)
+    return voxels.reshape(shape[:3]), affine, notes
+
+
+def _itk(path: str, rules: Rules) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    with open(path, "rb") as stream:
+        text = stream.read(65536).partition(b"\n\n")[0].decode("latin-1")
+    fields = dict(re.findall(r"^\s*([A-Za-z ]+?)\s*:?[:=]\s*(.*?)\s*$", text, re.MULTILINE))
+    fields = {name.casefold(): value for name, value in fields.items()}
+    data = fields.get("elementdatafile") or fields.get("data file") or fields.get("datafile") or "LOCAL"
+    if data.upper() != "LOCAL":
+        if "/" in data or "\\" in data or data.upper().startswith("LIST") or "%" in data:
+            raise Refused("voxels in other folders or in a list of files")
+        if not (Path(path).parent / data).is_file():
+            raise Refused("the file of its voxels is missing")
+    if not any(name in fields for name in ("elementspacing", "elementsize", "spacings", "space directions")):
+        raise Refused("no spacing in its header")
+    notes = []
+    if text.startswith("NRRD") and "space" not in fields:
+        notes.append("orientation by convention")
+    if fields.get("space", "").casefold() in ("scanner-xyz", "3d-right-handed", "3d-left-handed"):
+        raise Refused("it does not say how it lies")
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(path)
+    reader.ReadImageInformation()
+    if reader.GetNumberOfComponents() != 1:
+        raise Refused("colour or several numbers a voxel")
+    size = reader.GetSize()
+    if len(size) > 3 and np.prod(size[3:]) > 1:
+        raise Refused(f"4D: {int(np.prod(size[3:]))} volumes")
+    if len(size) < 3 or min(size[:3]) < 2:
+        raise Refused("not a 3D volume")
+    _plausible(path, size, 2, rules)
+    image = reader.Execute()
+    if len(size) > 3:
+        image = image[(slice(None),) * 3 + (0,) * (len(size) - 3)]
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return SimpleITK.GetArrayFromImage(image).transpose(2, 1, 0), LPS_TO_RAS @ affine, notes
+
+
+def compact(voxels: np.ndarray) -> np.ndarray:
+    """Return voxels as int16, uint16 or int32 if all are whole numbers in its range, else as float32."""
+    if voxels.dtype.kind == "f":
+        if not np.isfinite(voxels).all():
+            raise Refused("NaN or infinite voxels")
+        if not (np.floor(voxels) == voxels).all():
+            return voxels.astype(np.float32)
+    low, high = float(voxels.min()), float(voxels.max())
+    for kind in (np.int16, np.uint16, np.int32):
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return voxels.astype(kind)
+    return voxels.astype(np.float32)
+
+
+def write_volume(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
+    """Write a .nii.gz whole or not at all, with a header that holds geometry only; the same voxels, the same bytes."""
+    image = nibabel.Nifti1Image(voxels, affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    draft = path.with_name(f".{path.name}.part")
+    with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as stream:
+        image.to_stream(stream)
+    os.replace(draft, path)
+

@@ -1,0 +1,206 @@
+"""Find exact and near duplicates among thousands of volumes by their content.
+
+Exact twins have the same digest of voxels. Near twins (resampled, cropped, flipped, of another window or type) share
+landmarks: extrema of a difference of Gaussians on a grid of 3 mm, each with a descriptor of what surrounds it, as in SIFT
+(Lowe, IJCV 2004) but upright, since scans are not turned, and free of mirroring. Two volumes are near twins if enough of
+their descriptors match *and* the matches lie alike in both, shifted or mirrored.
+"""
+
+import base64
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nibabel
+import numpy as np
+from scipy import fft, ndimage
+
+from tools.curate.rules import Rules
+
+GRID_MM = 3.0
+LANDMARKS = 40  # of a volume, the strongest
+REACH = 3  # grid steps from a landmark to the side of its surroundings
+SIDE = 2 * REACH + 1
+WAVES = 4  # of the cosine transform, along each axis
+LENGTH = WAVES**3 - 1
+NEAR_MM = 4.5  # matches that lie alike within this
+BLOCK = 4096  # descriptors compared at once
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a volume is told by: digest of its voxels, landmarks (n, 3) in mm, descriptors (n, LENGTH) of length 1."""
+
+    digest: str
+    places_mm: np.ndarray
+    descriptors: np.ndarray
+
+    def to_text(self) -> str:
+        """Return it as text; descriptors have 8 bits a number, places 0.1 mm."""
+        places = np.round(self.places_mm * 10).astype(np.int16).tobytes()
+        return ":".join((self.digest, *(base64.b64encode(part).decode() for part in (places, self._bytes()))))
+
+    def _bytes(self) -> bytes:
+        return np.round(self.descriptors * 127).astype(np.int8).tobytes()
+
+    @staticmethod
+    def from_text(text: str) -> "Fingerprint":
+        digest, places, descriptors = text.split(":")
+        numbers = np.frombuffer(base64.b64decode(descriptors), np.int8).reshape(-1, LENGTH).astype(np.float32)
+        lengths = np.linalg.norm(numbers, axis=1, keepdims=True)
+        return Fingerprint(
+            digest,
+            np.frombuffer(base64.b64decode(places), np.int16).reshape(-1, 3).astype(np.float32) / 10,
+            numbers / np.maximum(lengths, 1e-6),
+        )
+
+
+def fingerprint(voxels: np.ndarray, affine: np.ndarray) -> Fingerprint:
+    """Return the fingerprint of a volume, the same for all orders of its axes.
+
+    Args:
+        voxels: (x, y, z) of any type of number.
+        affine: voxel to RAS, mm.
+    """
+    turn = nibabel.io_orientation(affine)
+    upright = nibabel.orientations.apply_orientation(voxels, turn)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)[np.argsort(turn[:, 0])]
+    whole = np.ascontiguousarray(upright, np.float32)
+    digest = hashlib.blake2b(whole.data, digest_size=12, person=str(whole.shape).encode()[:16]).hexdigest()
+    grid = _resample(whole, spacing)
+    places, descriptors = _landmarks(grid)
+    return Fingerprint(digest, (places * GRID_MM).astype(np.float32), descriptors)
+
+
+def _resample(voxels: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    """Return the volume on the grid, smoothed to a resolution that all scans of at most 6 mm have."""
+    for axis in range(3):
+        n, mm = voxels.shape[axis], spacing_mm[axis]
+        count = max(1, int((n - 1) * mm / GRID_MM) + 1)
+        width = max(2 * GRID_MM, mm)
+        offset = ((n - 1) * mm - (count - 1) * GRID_MM) / 2  # centred, so that mirroring gives the same grid
+        apart = np.abs((np.arange(count) * GRID_MM + offset)[:, None] - np.arange(n) * mm)
+        weights = np.clip(1 - apart / width, 0, None).astype(np.float32)
+        weights /= weights.sum(axis=1, keepdims=True)
+        voxels = np.moveaxis(np.tensordot(weights, voxels, (1, axis)), 0, axis)
+    return voxels
+
+
+def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places (n, 3) in grid steps, and the descriptors (n, LENGTH), of the strongest landmarks."""
+    none = np.zeros((0, 3), np.float32), np.zeros((0, LENGTH), np.float32)
+    if min(grid.shape) < SIDE:
+        return none
+    low, high = np.percentile(grid, (1, 99))
+    grid = np.clip(grid, low, high)  # windows do about this
+    band = ndimage.gaussian_filter(grid, 1.0) - ndimage.gaussian_filter(grid, 1.6)
+    strength = np.abs(band)
+    peak = (band == ndimage.maximum_filter(band, 3)) | (band == ndimage.minimum_filter(band, 3))
+    margin = np.zeros(grid.shape, bool)
+    margin[REACH:-REACH, REACH:-REACH, REACH:-REACH] = True
+    peak &= margin & (strength > 0.02 * max(high - low, 1e-6))
+    places = np.argwhere(peak)
+    places = places[np.argsort(-strength[peak], kind="stable")[:LANDMARKS]]
+    if not len(places):
+        return none
+    places = np.array([_refine(band, place) for place in places])
+    around = np.stack(np.meshgrid(*[np.arange(-REACH, REACH + 1)] * 3, indexing="ij"), axis=-1)
+    points = places[:, None, None, None, :] + around
+    patches = ndimage.map_coordinates(grid, np.moveaxis(points, -1, 0), order=1, mode="nearest")
+    for axis in range(1, 4):  # mirrored so that the brighter half comes first, whichever way the scan lies
+        weight = np.arange(-REACH, REACH + 1).reshape([-1 if a == axis else 1 for a in range(4)])
+        mirrored = (patches * weight).sum(axis=(1, 2, 3)) > 0
+        patches[mirrored] = np.flip(patches[mirrored], axis=axis)
+    waves = fft.dctn(patches, axes=(1, 2, 3), norm="ortho")[:, :WAVES, :WAVES, :WAVES].reshape(len(places), -1)[:, 1:]
+    lengths = np.linalg.norm(waves, axis=1)
+    good = lengths > 1e-3 * max(high - low, 1e-6)
+    return places[good], (waves[good] / lengths[good, None]).astype(np.float32)
+
+
+def _refine(band: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return the top of the parabola through an extremum and its neighbours, within half a step."""
+    refined = place.astype(float)
+    for axis in range(3):
+        step = np.eye(3, dtype=int)[axis]
+        before, here, after = (band[tuple(place + s * step)] for s in (-1, 0, 1))
+        bend = before - 2 * here + after
+        refined[axis] += np.clip((before - after) / (2 * bend), -0.5, 0.5) if bend else 0
+    return refined
+
+
+def near_twins(prints: Sequence[Fingerprint], rules: Rules, others: Sequence[Fingerprint] | None = None) -> list[tuple[int, int, int]]:
+    """Find the near twins among volumes, or between these and others.
+
+    Returns:
+        (number, number, votes) of each pair; votes are the matches that lie alike in both.
+    """
+    both = list(prints) + list(others or [])
+    owner = np.repeat(np.arange(len(both)), [len(p.descriptors) for p in both])
+    if not len(owner):
+        return []
+    all_descriptors = np.concatenate([p.descriptors for p in both])
+    all_places = np.concatenate([p.places_mm for p in both])
+    matches: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    split = int((owner < len(prints)).sum())
+    for start in range(0, split, BLOCK):
+        end = min(start + BLOCK, split)
+        first = start if others is None else split
+        for other in range(first, len(owner), BLOCK):
+            stop = min(other + BLOCK, len(owner))
+            found = np.argwhere(all_descriptors[start:end] @ all_descriptors[other:stop].T > rules.twin_cosine)
+            found += (start, other)
+            found = found[owner[found[:, 0]] < owner[found[:, 1]]]
+            for one, two in found.tolist():
+                matches[owner[one], owner[two]].append((one, two))
+    pairs = []
+    for (one, two), found in matches.items():
+        if len(found) < rules.twin_votes:
+            continue
+        ends = np.array(found)
+        votes = _alike(all_places[ends[:, 0]], all_places[ends[:, 1]], ends)
+        fewest = min(len(both[one].descriptors), len(both[two].descriptors))
+        if votes >= max(rules.twin_votes, rules.twin_share * fewest):
+            pairs.append((int(one), int(two - (len(prints) if others is not None else 0)), votes))
+    return pairs
+
+
+def _alike(places: np.ndarray, others: np.ndarray, ends: np.ndarray) -> int:
+    """Return how many matches agree on one shift, each axis mirrored or not."""
+    best = 0
+    for signs in np.ndindex(2, 2, 2):
+        shifts = places - others * (1 - 2 * np.array(signs))
+        for shift in shifts:
+            near = np.abs(shifts - shift).max(axis=1) < NEAR_MM
+            if near.sum() > best:  # each landmark votes once
+                best = max(best, min(len(set(ends[near, 0])), len(set(ends[near, 1]))))
+    return best
+
+
+def exact_twins(prints: Sequence[Fingerprint]) -> list[list[int]]:
+    """Return the groups of volumes that have the same voxels."""
+    groups = defaultdict(list)
+    for number, one in enumerate(prints):
+        groups[one.digest].append(number)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def joined(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """Return for each of `count` things the lowest number of the group that pairs join it to."""
+    parent = list(range(count))
+
+    def root(one: int) -> int:
+        while parent[one] != one:
+            parent[one] = parent[parent[one]]
+            one = parent[one]
+        return one
+
+    for one, two in pairs:
+        low, high = sorted((root(one), root(two)))
+        parent[high] = low
+    return [root(one) for one in range(count)]
+
+
+def matched(pairs: Sequence[tuple[int, int, int]]) -> Counter:
+    """Return how many twins each volume has."""
+    return Counter(number for pair in pairs for number in pair[:2])
