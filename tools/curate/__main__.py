@@ -19,7 +19,7 @@ from tools.curate import report
 from tools.curate.find import read_sources
 from tools.curate.page import write_page
 from tools.curate.rules import MODALITIES, read_rules
-from tools.curate.run import alone, curate, where
+from tools.curate.run import alone, curate
 
 
 def run(options: argparse.Namespace) -> None:

@@ -12,19 +12,21 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import dcm2niix
 import nibabel
 import numpy as np
 import pydicom
 import SimpleITK
-from nibabel.nicom import dicomwrappers
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from tools.curate.rules import Rules
 from tools.curate.series import LPS_TO_RAS
 from tools.datalist import DEFLATE_RATIO, inspect_file
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it calls itself experimental; its mosaics are compared with the converter's
+    from nibabel.nicom import dicomwrappers
 
 AIR_HU, DENSEST_HU = -1024, 3071  # of 12 bits, which is what scanners reconstruct
 
@@ -33,7 +35,14 @@ class Refused(ValueError):
     """Why a volume can't be made, in words that hold nothing of the header's texts."""
 
 
-def convert_dicom(files: Sequence[tuple[str, int]], copies: Sequence[tuple[str, str]], record: dict, affine, scratch: str, rules: Rules):
+def convert_dicom(
+    files: Sequence[tuple[str, int]],
+    copies: Sequence[tuple[str, str]],
+    record: dict,
+    affine,
+    scratch: str,
+    rules: Rules,
+):
     """Convert a stack.
 
     Args:
@@ -58,14 +67,19 @@ def convert_dicom(files: Sequence[tuple[str, int]], copies: Sequence[tuple[str, 
             raise Refused("one SOPInstanceUID on different images")
     if copies:
         notes.append(f"{len(copies)} further copies of its images")
-    expected, affine = _mosaic(paths[0]) if record["mosaic"] else (_stack(files), np.array(affine))
+    if record["mosaic"]:
+        expected, affine = _mosaic(paths[0])
+        stored = None
+    else:
+        (expected, stored), affine = _stack(files), np.array(affine)
     last = "the converter wrote nothing"
-    for clean in (False, True):
+    # The converter takes one rescaling for all slices: where each has its own it gets, and is compared by, stored values.
+    for clean in (False, True) if stored is None else (True,):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            for volume in _dcm2niix(paths, Path(folder), clean, rules.timeout_s):
-                last = _difference(volume, expected, affine, record["lossy"])
+            for volume in _dcm2niix(paths, Path(folder), clean, stored is not None, rules.timeout_s):
+                last, turn = _difference(volume, expected if stored is None else stored, affine, record["lossy"])
                 if not last:
-                    voxels = np.asanyarray(volume.dataobj)
+                    voxels = nibabel.orientations.apply_orientation(expected, turn)
                     return _without_padding(voxels, record, paths[0], notes), volume.affine, notes
     raise Refused(last)
 
@@ -94,6 +108,8 @@ def _pixels(path: str) -> np.ndarray:
                         raise Refused("truncated pixel data")
     except Refused:
         raise
+    except AttributeError as error:
+        raise Refused("no pixel data") from error
     except Exception as error:
         short = re.search(r"less than|too short|truncat|not enough|unexpected end|end of", str(error), re.IGNORECASE)
         raise Refused("truncated pixel data" if short else f"damaged pixel data: {type(error).__name__}") from error
@@ -111,26 +127,27 @@ def _rescale(dataset: pydicom.Dataset, frame: int) -> tuple[float, float]:
     return float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
 
 
-def _stack(files: Sequence[tuple[str, int]]) -> np.ndarray:
-    """Return the rescaled pixels of the slices, (columns, rows, slices), int32 where all are whole, else float32."""
-    slices, held, pixels, dataset = [], None, None, None
+def _stack(files: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the rescaled pixels of the slices, (columns, rows, slices), and the stored ones if scales are several.
+
+    Rescaled ones are int32 where all are whole, else float32.
+    """
+    slices, scales, held, pixels, dataset = [], [], None, None, None
     for path, frame in files:
         if path != held:
             held, pixels, dataset = path, _pixels(path), _dataset(path)
         if frame >= len(pixels):
             raise Refused("truncated pixel data")
-        slope, intercept = _rescale(dataset, frame)
-        own = pixels[frame]
-        if slope != 1 or intercept != int(intercept):
-            own = (own * slope + intercept).astype(np.float32)
-        else:
-            own = own.astype(np.int32) + int(intercept)
-        slices.append(own.T)
+        scales.append(_rescale(dataset, frame))
+        slices.append(pixels[frame].T)
     if len({part.shape for part in slices}) > 1:
         raise Refused("images of several sizes in one series")
-    if len({part.dtype for part in slices}) > 1:
-        slices = [part.astype(np.float32) for part in slices]
-    return np.stack(slices, axis=-1)
+    whole = all(slope == 1 and intercept == int(intercept) for slope, intercept in scales)
+    kind = np.int32 if whole else np.float32
+    expected = np.empty((*slices[0].shape, len(slices)), kind)
+    for k, (part, (slope, intercept)) in enumerate(zip(slices, scales, strict=True)):
+        expected[..., k] = part.astype(np.int64) + int(intercept) if whole else part * slope + intercept
+    return expected, np.stack(slices, axis=-1) if len(set(scales)) > 1 else None
 
 
 def _mosaic(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -145,19 +162,19 @@ def _mosaic(path: str) -> tuple[np.ndarray, np.ndarray]:
         raise Refused(f"mosaic whose private header can't be read: {type(error).__name__}") from error
 
 
-def _dcm2niix(paths: list[str], folder: Path, clean: bool, timeout_s: float) -> list[nibabel.Nifti1Image]:
-    """Run the converter on links to the images or, if clean, on copies that hold nothing unusual."""
+def _dcm2niix(paths: list[str], folder: Path, clean: bool, bare: bool, timeout_s: float) -> list[nibabel.Nifti1Image]:
+    """Run the converter on links to the images or, if clean, on copies that hold nothing unusual, if bare no scale."""
     given, made = folder / "given", folder / "made"
     given.mkdir()
     made.mkdir()
     for number, path in enumerate(paths):
         target = given / f"{number:06d}.dcm"
         if clean:
-            _clean_copy(path, target)
+            _clean_copy(path, target, bare)
         else:
             target.symlink_to(os.path.abspath(path))
     # No side file (it would hold dates), no compression, no cropping, the values that the headers' rescaling gives.
-    options = "-b n -z n -x n -p n -m y -f volume -o".split()
+    options = ["-b", "n", "-z", "n", "-x", "n", "-p", "n", "-m", "y", "-f", "volume", "-o"]
     try:
         subprocess.run(
             [dcm2niix.bin, *options, str(made), str(given)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -168,19 +185,50 @@ def _dcm2niix(paths: list[str], folder: Path, clean: bool, timeout_s: float) -> 
     return [nibabel.load(file) for file in sorted(made.glob("*.nii"))]
 
 
-def _clean_copy(path: str, target: Path) -> None:
+def _clean_copy(path: str, target: Path, bare: bool) -> None:
     """Write an image uncompressed, with a meta header, and only the elements that a volume is made of."""
     dataset = _dataset(path)
     dataset.decompress() if dataset.file_meta.TransferSyntaxUID.is_compressed else None
-    keep = """SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SeriesNumber AcquisitionNumber
-    InstanceNumber Rows Columns NumberOfFrames PixelSpacing SliceThickness ImageOrientationPatient ImageType
-    ImagePositionPatient SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation
-    RescaleSlope RescaleIntercept EchoTime RepetitionTime SharedFunctionalGroupsSequence ImageOrientation
-    PerFrameFunctionalGroupsSequence DimensionIndexSequence Manufacturer""".split()
+    keep = [
+        "SOPClassUID",
+        "SOPInstanceUID",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "Modality",
+        "SeriesNumber",
+        "AcquisitionNumber",
+        "InstanceNumber",
+        "Rows",
+        "Columns",
+        "NumberOfFrames",
+        "PixelSpacing",
+        "SliceThickness",
+        "ImageOrientationPatient",
+        "ImageType",
+        "ImagePositionPatient",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "EchoTime",
+        "RepetitionTime",
+        "SharedFunctionalGroupsSequence",
+        "ImageOrientation",
+        "PerFrameFunctionalGroupsSequence",
+        "DimensionIndexSequence",
+        "Manufacturer",
+    ]
     copy = pydicom.Dataset()
     for name in keep:
         if name in dataset:
             copy[name] = dataset[name]
+    if bare:
+        for name in {"RescaleSlope", "RescaleIntercept"} & set(dir(copy)):
+            del copy[name]
     copy.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[path])
     copy.SOPClassUID = dataset.get("SOPClassUID") or pydicom.uid.CTImageStorage
     copy.PixelData = np.ascontiguousarray(dataset.pixel_array).tobytes()
@@ -192,28 +240,32 @@ def _clean_copy(path: str, target: Path) -> None:
     copy.save_as(target, enforce_file_format=True)
 
 
-def _difference(volume: nibabel.Nifti1Image, expected: np.ndarray, affine: np.ndarray, lossy: bool) -> str:
-    """Return how a converted volume differs from what pydicom and the headers say, "" if it does not."""
-    if len(volume.shape) != 3 or sorted(volume.shape) != sorted(expected.shape):
-        return f"the converter's volume has {'x'.join(map(str, volume.shape))} voxels, the images {'x'.join(map(str, expected.shape))}"
-    to_expected = nibabel.orientations.ornt_transform(
-        nibabel.io_orientation(volume.affine), nibabel.io_orientation(affine)
-    )
+def _difference(
+    volume: nibabel.Nifti1Image, expected: np.ndarray, affine: np.ndarray, lossy: bool
+) -> tuple[str, np.ndarray]:
+    """Compare a converted volume with what pydicom and the headers say.
+
+    Returns:
+        How it differs, "" if it does not, and the orientation transform from the expected axes to the volume's.
+    """
     shape = np.array(volume.shape)
-    moved = volume.affine @ nibabel.orientations.inv_ornt_aff(to_expected, shape)
-    corners = np.array([(*np.multiply(corner, np.array(expected.shape) - 1), 1) for corner in np.ndindex(2, 2, 2)])
-    apart_mm = np.linalg.norm(corners @ (moved - affine).T, axis=1).max()
+    turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), nibabel.io_orientation(volume.affine))
+    turned = nibabel.orientations.apply_orientation(expected, turn)
+    if turned.shape != volume.shape:
+        shapes = ("x".join(map(str, one)) for one in (shape, expected.shape))
+        return "the converter's volume has {} voxels, the images {}".format(*shapes), turn
+    moved = affine @ nibabel.orientations.inv_ornt_aff(turn, expected.shape)
+    corners = np.array([(*np.multiply(corner, shape - 1), 1) for corner in np.ndindex(2, 2, 2)])
+    apart_mm = np.linalg.norm(corners @ (moved - volume.affine).T, axis=1).max()
     if not apart_mm < 0.05 + 0.1 * np.linalg.norm(affine[:3, :3], axis=0).min():
-        return f"the converter puts a corner {apart_mm:.3g} mm from where the headers do"
-    voxels = nibabel.orientations.apply_orientation(np.asanyarray(volume.dataobj), to_expected)
-    if voxels.shape != expected.shape:
-        return "the converter's volume has its axes elsewhere"
+        return f"the converter puts a corner {apart_mm:.3g} mm from where the headers do", turn
+    voxels = np.asanyarray(volume.dataobj)
     for k in range(voxels.shape[2]):  # a slice at a time, as float64 of a whole volume is large
-        one, other = voxels[..., k].astype(np.float64), expected[..., k].astype(np.float64)
-        most = max(np.abs(other).max(), 1)
-        if np.abs(one - other).max() > (2 if lossy else 0) + 1e-5 * most:
-            return f"the converter's voxels differ from the decoded ones, by up to {np.abs(one - other).max():.3g}"
-    return ""
+        one, other = voxels[..., k].astype(np.float64), turned[..., k].astype(np.float64)
+        apart = np.abs(one - other).max()
+        if apart > (2 if lossy else 0) + 1e-5 * max(np.abs(other).max(), 1):
+            return f"the converter's voxels differ from the decoded ones, by up to {apart:.3g}", turn
+    return "", turn
 
 
 def _without_padding(voxels: np.ndarray, record: dict, path: str, notes: list[str]) -> np.ndarray:
@@ -265,7 +317,10 @@ def _plausible(path: str, shape: Sequence[int], itemsize: int, rules: Rules) -> 
     stored = os.path.getsize(path)
     if re.search(r"\.(hdr|mhd|nhdr)(\.gz)?$", path, re.IGNORECASE):
         folder, stem = Path(path).parent, re.sub(r"\.(hdr|mhd|nhdr)(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
-        stored += sum(other.stat().st_size for other in folder.iterdir() if other.name.startswith(stem) and other.is_file())
+        others = [other for other in folder.glob("*") if other.name.startswith(f"{stem}.") and other.is_file()]
+        stored += sum(other.stat().st_size for other in others)
+        if len(others) < 2:
+            raise Refused("the file of its voxels is missing")
     if size > rules.max_file_gb * 1e9 or size > stored * DEFLATE_RATIO + 4096:
         raise Refused("truncated or corrupted: it claims more voxels than it can hold")
 
@@ -277,7 +332,16 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
         if reason:
             raise Refused(re.sub(r"ImageFileError.*|HeaderDataError.*", "", reason))
     image = nibabel.load(path)
-    if type(image) not in (nibabel.Nifti1Image, nibabel.Nifti2Image, nibabel.Nifti1Pair, nibabel.Nifti2Pair, nibabel.AnalyzeImage, nibabel.Spm99AnalyzeImage, nibabel.Spm2AnalyzeImage, nibabel.MGHImage):
+    if type(image) not in (
+        nibabel.Nifti1Image,
+        nibabel.Nifti2Image,
+        nibabel.Nifti1Pair,
+        nibabel.Nifti2Pair,
+        nibabel.AnalyzeImage,
+        nibabel.Spm99AnalyzeImage,
+        nibabel.Spm2AnalyzeImage,
+        nibabel.MGHImage,
+    ):
         raise Refused(f"not a 3D volume: {type(image).__name__}")
     shape = image.shape
     if len(shape) > 3 and np.prod(shape[3:]) > 1:
@@ -372,4 +436,3 @@ def write_volume(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
     with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as stream:
         image.to_stream(stream)
     os.replace(draft, path)
-

@@ -179,7 +179,9 @@ def _archive_kind(path: str) -> str:
     with open(path, "rb") as stream:
         head = stream.read(264)
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "" if lower.endswith((".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".jar", ".whl", ".npz")) else "zip"
+        return (
+            "" if lower.endswith((".docx", ".xlsx", ".pptx", ".odt", ".ods", ".odp", ".jar", ".whl", ".npz")) else "zip"
+        )
     if head[257:262] == b"ustar":
         return "tar"
     openers = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
@@ -223,7 +225,9 @@ def _unpack(path: str, kind: str, folder: Path, packed: int, pseudonyms: Pseudon
             total += size
             if size > limit:
                 target.unlink()
-                refused.append("a member of an archive that unpacks to more than max_unpacking, max_file_gb or the disk allow")
+                refused.append(
+                    "a member of an archive that unpacks to more than max_unpacking, max_file_gb or the disk allow"
+                )
                 continue
             names.append(f"{hashed}\0{name.replace(chr(0), ' ')}".replace("\n", " "))
     except DAMAGE as error:
@@ -247,7 +251,9 @@ def _members(path: str, kind: str, refused: list[str]):
                     if isinstance(error, OSError) and error.errno is not None:  # the disk's fault, not the member's
                         raise
                     encrypted = "password" in str(error) or "encrypted" in str(error)
-                    refused.append("encrypted archive" if encrypted else f"damaged member of an archive: {type(error).__name__}")
+                    refused.append(
+                        "encrypted archive" if encrypted else f"damaged member of an archive: {type(error).__name__}"
+                    )
     elif kind == "tar":
         with tarfile.open(path) as archive:
             for info in archive:

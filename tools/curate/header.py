@@ -14,7 +14,6 @@ import zlib
 from typing import Any
 
 import nibabel
-import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
 
@@ -37,7 +36,7 @@ WORDS = {
     "functional": r"fmri|bold|rest|resting|func|epi|task",
     "perfusion": r"perf|perfusion|asl|pasl|pcasl|dsc|dce|cbf|cbv|mtt|tmax|ttp|rcbf|rcbv",
     "angiography": r"tof|mra|mrv|angio|venogram|pca",
-    "map": r"fieldmap|field_?map|b0map|b0ns|b1map|phase|magn_?phase|t1map|t2map|quant|mapping|t1rho",
+    "map": r"fieldmap|field_?map|b[01][-_ ]?(?:map|ns)|phase|magn_?phase|t1map|t2map|quant|mapping|t1rho",
     "localizer": r"loc|localizer|localiser|scout|survey|surview|topogram|pilot|scanogram|3[-_ ]?plane|aahscout|smartprep",
     "derived": r"mip|minip|mpr|subtraction|subtr|projection|projected|screen[-_ ]?save|summary|processed|3d[-_ ]?vr",
     "mask": r"seg|segs|segm|segmentation|label|labels(?:tr|ts)?|labelmap|mask|masks|roi|aseg|aparc|dseg|parcellation|lesion|drawing|"
@@ -49,16 +48,69 @@ WORDS = {
 # A word ends where letters and digits end: "ct" is no part of "contact", nor "rat" of "saturation".
 VOCABULARY = {word: re.compile(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])") for word, pattern in WORDS.items()}
 
-TAGS = """SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID PatientID IssuerOfPatientID
-Modality ImageType SeriesDescription ProtocolName StudyDescription SequenceName BodyPartExamined SeriesNumber
-AcquisitionNumber InstanceNumber TemporalPositionIdentifier NumberOfTemporalPositions TriggerTime Rows Columns
-NumberOfFrames PixelSpacing ImagerPixelSpacing SpacingBetweenSlices SliceThickness SliceLocation ImageOrientationPatient
-ImagePositionPatient GantryDetectorTilt SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored
-PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept RescaleType RepetitionTime EchoTime EchoNumbers
-InversionTime FlipAngle EchoTrainLength ScanningSequence SequenceVariant ScanOptions MRAcquisitionType
-ContrastBolusAgent DiffusionBValue BurnedInAnnotation PatientSpeciesDescription ComplexImageComponent
-SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence ContrastBolusAgentSequence
-PatientName AcquisitionContrast PixelPresentation VolumetricProperties LossyImageCompression ConvolutionKernel""".split()
+TAGS = [
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "StudyInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "PatientID",
+    "IssuerOfPatientID",
+    "Modality",
+    "ImageType",
+    "SeriesDescription",
+    "ProtocolName",
+    "StudyDescription",
+    "SequenceName",
+    "BodyPartExamined",
+    "SeriesNumber",
+    "AcquisitionNumber",
+    "InstanceNumber",
+    "TemporalPositionIdentifier",
+    "NumberOfTemporalPositions",
+    "TriggerTime",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "PixelSpacing",
+    "ImagerPixelSpacing",
+    "SpacingBetweenSlices",
+    "SliceThickness",
+    "SliceLocation",
+    "ImageOrientationPatient",
+    "ImagePositionPatient",
+    "GantryDetectorTilt",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "BitsAllocated",
+    "BitsStored",
+    "PixelRepresentation",
+    "PixelPaddingValue",
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RescaleType",
+    "RepetitionTime",
+    "EchoTime",
+    "EchoNumbers",
+    "InversionTime",
+    "FlipAngle",
+    "EchoTrainLength",
+    "ScanningSequence",
+    "SequenceVariant",
+    "ScanOptions",
+    "MRAcquisitionType",
+    "ContrastBolusAgent",
+    "DiffusionBValue",
+    "BurnedInAnnotation",
+    "PatientSpeciesDescription",
+    "ComplexImageComponent",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "DimensionIndexSequence",
+    "ContrastBolusAgentSequence",
+    "PatientName",
+    "EchoPulseSequence",
+]
 PRIVATE = [0x0019100C, 0x0019100A, 0x00431039, 0x0051100B, 0x20011003]
 SIEMENS_B, SIEMENS_MOSAIC, GE_B, SIEMENS_SIZE, PHILIPS_B = PRIVATE
 
@@ -178,20 +230,27 @@ def _image_kind(head: bytes, lower: str) -> str:
 def _named(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
     """Return what the place of a file tells: words, and who the patient is."""
     place = found.place.partition("/")[2] or found.place
-    parts = [re.sub(r"\.(nii|mgz|mgh|mhd|mha|nrrd|nhdr|hdr|img|gz)\b", "", part, flags=re.I) for part in re.split(r"[/!]", place)]
+    parts = [
+        re.sub(r"\.(nii|mgz|mgh|mhd|mha|nrrd|nhdr|hdr|img|gz)\b", "", part, flags=re.I)
+        for part in re.split(r"[/!]", place)
+    ]
     name = parts[-1]
     # The file's own name tells more than its folders', which is why "t1/x_flair" is a FLAIR.
-    record: dict[str, Any] = {"words": words_of(name) , "folder_words": words_of(*parts[:-1])}
+    record: dict[str, Any] = {"words": words_of(name), "folder_words": words_of(*parts[:-1])}
     contrast = r"(?:^|[_.\- ])(?:ct|t1|t2|flair|t1ce|t1c|t1gd|t1n|t1w|t2f|t2w|pd|t1post|000\d)(?=$|[_.\- ])"
     bare = [re.sub(contrast, "", part, flags=re.IGNORECASE).strip("_.- ") for part in parts]
     bare = [part for part in bare if part]
     uid = re.fullmatch(r"[0-9]+(\.[0-9]+){5,}", name)  # LUNA16 and others name a volume by its series
     record["series_uid"] = pseudonyms("series", name) if uid else ""
-    own = re.match(r"(sub-[A-Za-z0-9]+)", name) or re.match(r"(.*?)(?:[_-](?:ses|study|visit|tp|session)[-_]?\w+)$", bare[-1] if bare else "")
+    own = re.match(r"(sub-[A-Za-z0-9]+)", name) or re.match(
+        r"(.*?)(?:[_-](?:ses|study|visit|tp|session)[-_]?\w+)$", bare[-1] if bare else ""
+    )
     record["group"] = pseudonyms("group", found.source, own[1] if own else "/".join(bare) or place)
     # "PGBM-003_t1.nii.gz" is the patient whose DICOM says PGBM-003.
     tokens = {own[1] if own else "", *(bare[-2:])}
-    record["patients"] = sorted({hashed for t in tokens if len(t) > 4 and re.search(r"\d", t) and (hashed := pseudonyms.patient(t))})
+    record["patients"] = sorted(
+        {hashed for t in tokens if len(t) > 4 and re.search(r"\d", t) and (hashed := pseudonyms.patient(t))}
+    )
     return record
 
 
@@ -231,7 +290,9 @@ def _kept(value: Any) -> list[str]:
 
 
 def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
-    dataset = pydicom.dcmread(found.path, force=True, stop_before_pixels=True, specific_tags=[*TAGS, *PRIVATE, 0x00041220])
+    dataset = pydicom.dcmread(
+        found.path, force=True, stop_before_pixels=True, specific_tags=[*TAGS, *PRIVATE, 0x00041220]
+    )
     get = dataset.get
     if 0x00041220 in dataset or str(dataset.file_meta.get("MediaStorageSOPClassUID", "")) == "1.2.840.10008.1.3.10":
         return {"kind": "other", "suffix": "DICOMDIR"}
@@ -250,8 +311,14 @@ def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
         "study": study,
         "patient": patient or study or folder,
         "instance": pseudonyms("instance", get("SOPInstanceUID")) if get("SOPInstanceUID") else "",
-        "words": words_of(get("SeriesDescription"), get("ProtocolName"), get("AcquisitionContrast")),
-        "study_words": words_of(get("StudyDescription"), get("PatientSpeciesDescription"), get("PatientName"), get("PatientID"), get("SequenceName")),
+        "words": words_of(get("SeriesDescription"), get("ProtocolName")),
+        "study_words": words_of(
+            get("StudyDescription"),
+            get("PatientSpeciesDescription"),
+            get("PatientName"),
+            get("PatientID"),
+            get("SequenceName"),
+        ),
         "modality": modality if modality in ("CT", "MR") else CLASSES.get(sop_class.removeprefix(ROOT_CLASS), ""),
     }
     reason = _reason(dataset, sop_class, modality, image_type, record["words"])
@@ -297,7 +364,7 @@ def _parameters(dataset: Dataset, shared: Dataset) -> dict[str, Any]:
     return {
         "tr_ms": _number(dataset.get("RepetitionTime")) or _number(timing.get("RepetitionTime")),
         "te_ms": _number(dataset.get("EchoTime")) or _number(echo.get("EffectiveEchoTime")),
-        "ti_ms": _number(dataset.get("InversionTime")) or _number((modifier.get("InversionTimes"))),
+        "ti_ms": _number(dataset.get("InversionTime")) or _number(modifier.get("InversionTimes")),
         "flip_deg": _number(dataset.get("FlipAngle")) or _number(timing.get("FlipAngle")),
         "train": _number(dataset.get("EchoTrainLength")),
         "sequence": [part for part in sequence if part in ("SE", "GR", "IR", "EP", "RM")],
@@ -332,7 +399,15 @@ def _frame(dataset: Dataset, shared: Dataset, own: Dataset, index: int) -> dict[
     component = str(one("MRImageFrameTypeSequence", "ComplexImageComponent") or "").upper()[:4]
     types = [*_kept(dataset.get("ImageType"))[2:], *kinds[2:]]
     if not component:
-        component = "PHAS" if {"P", "PHASE", "PHASE MAP"} & set(types) else "REAL" if {"R", "REAL"} & set(types) else "IMAG" if {"I", "IMAGINARY"} & set(types) else "MAGN"
+        component = (
+            "PHAS"
+            if {"P", "PHASE", "PHASE MAP"} & set(types)
+            else "REAL"
+            if {"R", "REAL"} & set(types)
+            else "IMAG"
+            if {"I", "IMAGINARY"} & set(types)
+            else "MAGN"
+        )
     echo = _number(one("MREchoSequence", "EffectiveEchoTime") or dataset.get("EchoTime"))
     return {
         "index": index,
@@ -374,7 +449,9 @@ def _reason(dataset: Dataset, sop_class: str, modality: str, image_type: list[st
     types = set(image_type)
     if not dataset.get("Rows") or not dataset.get("Columns"):
         return "no image in it"
-    if (_number(dataset.get("SamplesPerPixel")) or 1) != 1 or not str(dataset.get("PhotometricInterpretation") or "MONOCHROME2").startswith("MONO"):
+    if (_number(dataset.get("SamplesPerPixel")) or 1) != 1 or not str(
+        dataset.get("PhotometricInterpretation") or "MONOCHROME2"
+    ).startswith("MONO"):
         return "colour"
     if str(dataset.get("BurnedInAnnotation") or "").upper() == "YES":
         return "burned-in annotation"
@@ -382,7 +459,13 @@ def _reason(dataset: Dataset, sop_class: str, modality: str, image_type: list[st
         return "localizer"
     if {"SCREEN SAVE", "POSDISP", "CSAIMAGE"} & types:
         return "secondary capture"
-    if {"PROJECTION IMAGE", "MIP", "CSA MIP", "MINIP", "MIN IP", "VRT", "SUBTRACTION", "SUB"} & types or types & {"MPR", "CSA MPR", "REFORMATTED", "CURVED MPR", "RADIAL"}:
+    if {"PROJECTION IMAGE", "MIP", "CSA MIP", "MINIP", "MIN IP", "VRT", "SUBTRACTION", "SUB"} & types or types & {
+        "MPR",
+        "CSA MPR",
+        "REFORMATTED",
+        "CURVED MPR",
+        "RADIAL",
+    }:
         return "derived: projection, reformat or difference"
     if {"ADC", "FA", "TRACEW", "EADC", "DIFFUSION", "TENSOR"} & types:
         return "diffusion"

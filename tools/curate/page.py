@@ -1,4 +1,5 @@
 """The page to look at (to come)."""
+
 from pathlib import Path
 
 

@@ -3,7 +3,7 @@
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, wait
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -16,7 +16,7 @@ class Failed(str):
 
 
 def parallel(function: Callable[[Any], Any], things: Iterable, workers: int, timeout_s: float) -> Iterator[tuple]:
-    """Yield (thing, result) as they are done, in any order; the result is a `Failed` for a process that crashed or hung.
+    """Yield (thing, result) as they are done, in any order; the result is a `Failed` where a process crashed or hung.
 
     Args:
         function: of a module, as are its arguments and result picklable.
@@ -30,6 +30,10 @@ def parallel(function: Callable[[Any], Any], things: Iterable, workers: int, tim
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     things = iter(things)
+    first = next(things, None)
+    if first is None:
+        return
+    things = chain((first,), things)
     with ProcessPool(workers, context=context) as pool:
         waiting: dict = {}
         try:

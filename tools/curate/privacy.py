@@ -36,7 +36,9 @@ class Pseudonyms:
         Returns "" for one that tells nobody apart: empty, or what anonymisers write for everybody.
         """
         plain = re.sub(r"[\W_]+", "", str(identifier or "")).casefold()
-        if not plain or re.fullmatch(r"0+|x+|(anon\w*?|unknown|none|na|null|patient|noid|removed|deidentified)0*", plain):
+        if not plain or re.fullmatch(
+            r"0+|x+|(anon\w*?|unknown|none|na|null|patient|noid|removed|deidentified)0*", plain
+        ):
             return ""
         return self("patient", plain)
 

@@ -11,9 +11,23 @@ from custom.errors import BadInput
 from tools.curate.rules import MODALITIES
 from tools.curate.run import Row
 
-COLUMNS = ("id", "status", "reason", "modality", "confidence", "told_by", "source", "patient", "split", "format", "images")
+COLUMNS = (
+    "id",
+    "status",
+    "reason",
+    "modality",
+    "confidence",
+    "told_by",
+    "source",
+    "patient",
+    "split",
+    "format",
+    "images",
+)
 COLUMNS += ("shape", "spacing_mm", "lowest", "highest", "twin_of", "notes")
-NEXT = "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1} --dataset_dir {2}"
+NEXT = (
+    "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1} --dataset_dir {2}"
+)
 
 
 def write_datalist(rows: list[Row], out: Path) -> Path:
@@ -91,7 +105,9 @@ def summary(rows: list[Row]) -> str:
         for reason, count in kinds[status].most_common():
             lines.append(f"{status.capitalize()}, {reason}: {count}")
     size = sum(math.prod(row.measures["shape"]) for row in rows if row.status == "used" and row.measures)
-    lines.append(f"{sum(row.status == 'used' for row in rows)} volumes are used, {size / 1e9:.3g} thousand million voxels.")
+    lines.append(
+        f"{sum(row.status == 'used' for row in rows)} volumes are used, {size / 1e9:.3g} thousand million voxels."
+    )
     return "\n".join(lines)
 
 

@@ -2,14 +2,12 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from tqdm import tqdm
 
 from custom.errors import BadInput
 from tools.curate import modality, quality, twins
-from tools.curate.find import Found, Source, find
+from tools.curate.find import Source, find
 from tools.curate.parallel import Failed, parallel
 from tools.curate.privacy import Pseudonyms, read_salt
-from tools.curate.rules import MODALITIES, Rules
+from tools.curate.rules import Rules
 from tools.curate.series import Stack, stacks
 from tools.curate.state import State
 from tools.curate.work import Headers, Making, make, read_headers
@@ -97,7 +95,9 @@ def curate(
     """
     for source in sources:
         if out.resolve().is_relative_to(Path(source.path).resolve()):
-            raise BadInput(f"{out} lies in the source {source.path}, which nothing is written into; name another folder.")
+            raise BadInput(
+                f"{out} lies in the source {source.path}, which nothing is written into; name another folder."
+            )
         if Path(source.path).resolve().is_relative_to(out.resolve()):
             raise BadInput(f"The source {source.path} lies in {out}; name another folder for the set.")
     pseudonyms = Pseudonyms(read_salt(out, salt))
@@ -107,12 +107,12 @@ def curate(
     for left in (out / ".work").glob("tmp*"):
         shutil.rmtree(left, ignore_errors=True)
     bar = _bars(progress)
-    paths, rows = _read(state, sources, out, pseudonyms, rules, workers, bar)
+    paths = _read(state, sources, out, pseudonyms, rules, workers, bar)
     held = list(_stacks(state, paths, rules, pseudonyms))
     by_id = {stack.id: stack for stack, *_ in held}
     _make(state, held, paths, out, rules, workers, bar)
     done = state.volumes()
-    rows += _judge(held, done, {source.name: source for source in sources}, rules, named or {})
+    rows = _judge(held, done, {source.name: source for source in sources}, rules, named or {})
     prints = {row.id: twins.Fingerprint.from_text(done[row.id][2]) for row in rows if row.measures and done[row.id][2]}
     pairs = _twins(rows, prints, rules)
     _patients(rows, by_id, pairs)
@@ -137,8 +137,8 @@ def _bars(progress: bool):
 
 
 def _read(state: State, sources, out: Path, pseudonyms: Pseudonyms, rules: Rules, workers: int, bar):
-    """Find all files and read the headers of those that are new; return (path, stamp, source) by id, and refusals."""
-    known, paths, rows = state.stamps(), {}, []
+    """Find all files and read the headers of those that are new; return (path, stamp, source) by id."""
+    known, paths = state.stamps(), {}
 
     def new() -> Iterator[Headers]:
         batch = []
@@ -166,7 +166,7 @@ def _read(state: State, sources, out: Path, pseudonyms: Pseudonyms, rules: Rules
             id_, stamp, _ = task.files[0]
             result = [(id_, stamp, {"kind": "refused", "reason": str(result)})]
         state.keep_records(result)
-    return paths, rows
+    return paths
 
 
 def _stamp(path: str) -> str:
@@ -191,8 +191,9 @@ def _stacks(state: State, paths: dict, rules: Rules, pseudonyms: Pseudonyms) -> 
             if kind == "image":
                 reason = _left_out(record)
                 yield Stack(pseudonyms("volume", id_), [(id_, 0)], record, reason, images=1), source, stamp
-            elif kind != "part":
-                alike[source, kind, record.get("reason") or f"no image: {record['suffix']}"] += 1
+            else:
+                reason = record.get("reason") or f"no image: {record.get('suffix', 'voxels of another file')}"
+                alike[source, "refused" if kind == "refused" else "other", reason] += 1
     for (source, kind, reason), count in sorted(alike.items()):
         yield Stack("", [], {"kind": kind}, reason, images=count), source, ""
 
@@ -222,11 +223,15 @@ def _make(state: State, held, paths: dict, out: Path, rules: Rules, workers: int
     if not todo:
         return
     try:
-        for task, result in bar(parallel(make, tasks(), workers, rules.timeout_s), "making volumes", len(todo), "volume"):
+        for task, result in bar(
+            parallel(make, tasks(), workers, rules.timeout_s), "making volumes", len(todo), "volume"
+        ):
             found = ({"reason": str(result)}, "", b"") if isinstance(result, Failed) else result
             state.keep_volume(task.id, task.stamp, *found)
     except OSError as error:
-        raise BadInput(f"{out} can't be written ({error.strerror}); make room, then the same command goes on.") from error
+        raise BadInput(
+            f"{out} can't be written ({error.strerror}); make room, then the same command goes on."
+        ) from error
 
 
 def _judge(held, done: dict, sources: dict[str, Source], rules: Rules, named: dict[str, str]) -> list[Row]:
@@ -237,7 +242,15 @@ def _judge(held, done: dict, sources: dict[str, Source], rules: Rules, named: di
     for stack, source, _ in held:
         record = stack.record
         if not stack.id:
-            rows.append(Row("", source, "no image" if record["kind"] == "other" else "refused", stack.reason, images=stack.images))
+            rows.append(
+                Row(
+                    "",
+                    source,
+                    "no image" if record["kind"] == "other" else "refused",
+                    stack.reason,
+                    images=stack.images,
+                )
+            )
             continue
         row = Row(stack.id, source, "left out", stack.reason, images=stack.images)
         row.format = "DICOM" if record["kind"] == "dicom" else record["format"]
@@ -300,16 +313,18 @@ def _patients(rows: list[Row], stacks_: dict[str, Stack], pairs: list[tuple[str,
     by_id = {row.id: number for number, row in enumerate(volumes)}
     marks: dict[str, int] = {}
     links = [(by_id[one], by_id[two]) for one, two in pairs]
-    known = {stacks_[row.id].record["patient"] for row in volumes if row.format == "DICOM"}
+    dicom = [stacks_[row.id].record for row in volumes if row.format == "DICOM"]
+    known = {record["patient"] for record in dicom}
+    owners: dict[str, set[str]] = defaultdict(set)  # a bad anonymiser gives one series to many patients
+    for record in dicom:
+        owners[record["series"]].add(record["patient"])
     names = []
     for number, row in enumerate(volumes):
         record = stacks_[row.id].record
-        if row.format == "DICOM":
-            own = [record["patient"], f"series {record['series']}", *([f"study {record['study']}"] if record["study"] else [])]
-        else:
-            # A part of a file's name is a patient's only where some DICOM says so.
-            own = [record["group"], *(p for p in record["patients"] if p in known)]
-            own += [f"series {record['series_uid']}"] if record["series_uid"] else []
+        series = record["series"] if row.format == "DICOM" else record["series_uid"]
+        # A part of a file's name is a patient's only where some DICOM says so.
+        own = [record["patient"]] if row.format == "DICOM" else [record["group"], *known.intersection(record["patients"])]
+        own += [f"series {series}"] if len(owners[series]) == 1 else []
         names.append(own[0])
         links += [(marks.setdefault(mark, number), number) for mark in own]
     for row, group in zip(volumes, twins.joined(len(volumes), links), strict=True):

@@ -72,7 +72,9 @@ def stacks(files: Iterable[tuple[str, dict[str, Any]]], rules: Rules, pseudonyms
             groups[key].append((file, record, frame, (tuple(record["size"]), spacing)))
 
     found = [
-        Stack(_name(members, reason, pseudonyms), [(f, 0) for f, _ in members], members[0][1], reason, images=len(members))
+        Stack(
+            _name(members, reason, pseudonyms), [(f, 0) for f, _ in members], members[0][1], reason, images=len(members)
+        )
         for reason, members in left_out.items()
     ]
     diffusion = any(key[8] for key in groups)
@@ -86,7 +88,9 @@ def stacks(files: Iterable[tuple[str, dict[str, Any]]], rules: Rules, pseudonyms
 
 
 def _name(members: Iterable[tuple], salt: str, pseudonyms: Pseudonyms) -> str:
-    return pseudonyms("volume", salt, *sorted({(member[0], member[2]["index"] if len(member) > 2 else 0) for member in members}))
+    return pseudonyms(
+        "volume", salt, *sorted({(member[0], member[2]["index"] if len(member) > 2 else 0) for member in members})
+    )
 
 
 def _axis(orientation: list[float] | None, axes: list[np.ndarray]) -> int:
@@ -197,7 +201,9 @@ def _place(images: list, rules: Rules) -> tuple[list, list[list[float]] | None, 
         if wide.any():
             missing = int(np.round(steps[wide] / step - 1).sum())
             return images, None, f"missing slices: {missing} beside {len(images)}"
-        if (np.abs(steps - step) > slack).any() or np.abs(along - np.linspace(along[0], along[-1], len(along))).max() > 4 * slack:
+        if (np.abs(steps - step) > slack).any() or np.abs(
+            along - np.linspace(along[0], along[-1], len(along))
+        ).max() > 4 * slack:
             return images, None, f"unequal distances of the slices: {steps.min():.3g} to {steps.max():.3g} mm"
         line = np.linspace(positions[0], positions[-1], len(positions))
         if np.linalg.norm(positions - line, axis=1).max() > 4 * slack + 0.5:

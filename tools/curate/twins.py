@@ -24,6 +24,7 @@ REACH = 3  # grid steps from a landmark to the side of its surroundings
 SIDE = 2 * REACH + 1
 WAVES = 4  # of the cosine transform, along each axis
 LENGTH = WAVES**3 - 1
+DISTINCT = 0.9  # cosine of two descriptors of one volume from which on neither is used
 NEAR_MM = 4.5  # matches that lie alike within this
 BLOCK = 4096  # descriptors compared at once
 
@@ -101,10 +102,19 @@ def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     margin[REACH:-REACH, REACH:-REACH, REACH:-REACH] = True
     peak &= margin & (strength > 0.02 * max(high - low, 1e-6))
     places = np.argwhere(peak)
-    places = places[np.argsort(-strength[peak], kind="stable")[:LANDMARKS]]
+    places = places[np.argsort(-strength[peak], kind="stable")[: 3 * LANDMARKS]]
     if not len(places):
         return none
     places = np.array([_refine(band, place) for place in places])
+    descriptors, good = _describe(grid, places)
+    # A landmark that looks like another one of its own volume (a smooth edge, a row of ribs) tells nothing apart.
+    alike = descriptors @ descriptors.T - np.eye(len(descriptors))
+    good &= alike.max(axis=1) < DISTINCT
+    return places[good][:LANDMARKS], descriptors[good][:LANDMARKS]
+
+
+def _describe(grid: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the descriptors of places, and which of them have anything to describe."""
     around = np.stack(np.meshgrid(*[np.arange(-REACH, REACH + 1)] * 3, indexing="ij"), axis=-1)
     points = places[:, None, None, None, :] + around
     patches = ndimage.map_coordinates(grid, np.moveaxis(points, -1, 0), order=1, mode="nearest")
@@ -114,8 +124,8 @@ def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         patches[mirrored] = np.flip(patches[mirrored], axis=axis)
     waves = fft.dctn(patches, axes=(1, 2, 3), norm="ortho")[:, :WAVES, :WAVES, :WAVES].reshape(len(places), -1)[:, 1:]
     lengths = np.linalg.norm(waves, axis=1)
-    good = lengths > 1e-3 * max(high - low, 1e-6)
-    return places[good], (waves[good] / lengths[good, None]).astype(np.float32)
+    good = lengths > 1e-3 * max(grid.max() - grid.min(), 1e-6)
+    return (waves / np.maximum(lengths, 1e-9)[:, None]).astype(np.float32), good
 
 
 def _refine(band: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -129,7 +139,9 @@ def _refine(band: np.ndarray, place: np.ndarray) -> np.ndarray:
     return refined
 
 
-def near_twins(prints: Sequence[Fingerprint], rules: Rules, others: Sequence[Fingerprint] | None = None) -> list[tuple[int, int, int]]:
+def near_twins(
+    prints: Sequence[Fingerprint], rules: Rules, others: Sequence[Fingerprint] | None = None
+) -> list[tuple[int, int, int]]:
     """Find the near twins among volumes, or between these and others.
 
     Returns:

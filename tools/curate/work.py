@@ -55,7 +55,9 @@ def make(task: Making) -> tuple[dict[str, Any], str, bytes]:
     scratch = os.path.join(task.out, ".work")
     try:
         if task.record["kind"] == "dicom":
-            voxels, affine, notes = convert.convert_dicom(task.files, task.copies, task.record, task.affine, scratch, task.rules)
+            voxels, affine, notes = convert.convert_dicom(
+                task.files, task.copies, task.record, task.affine, scratch, task.rules
+            )
         else:
             voxels, affine, notes = convert.convert_image(task.files[0][0], task.record["format"], task.rules)
         voxels = convert.compact(voxels)
@@ -80,9 +82,13 @@ def picture(voxels: np.ndarray, affine: np.ndarray, window: tuple[float, float] 
     longest = max(n * mm for n, mm in zip(upright.shape, spacing, strict=True))
     for column, axis in enumerate((2, 1, 0)):
         plane = np.take(upright, upright.shape[axis] // 2, axis=axis).astype(np.float32)
-        across, up = (np.delete(np.multiply(upright.shape, spacing), axis) * SIDE_PX / longest).round().clip(1).astype(int)
+        across, up = (
+            (np.delete(np.multiply(upright.shape, spacing), axis) * SIDE_PX / longest).round().clip(1).astype(int)
+        )
         grey = np.clip((plane - low) / max(high - low, 1e-6), 0, 1) * 255
-        tile = Image.fromarray(np.flipud(grey.T).astype(np.uint8)).resize((int(across), int(up)), Image.Resampling.BILINEAR)
+        tile = Image.fromarray(np.flipud(grey.T).astype(np.uint8)).resize(
+            (int(across), int(up)), Image.Resampling.BILINEAR
+        )
         canvas.paste(tile, (column * SIDE_PX + (SIDE_PX - int(across)) // 2, (SIDE_PX - int(up)) // 2))
     stream = BytesIO()
     canvas.save(stream, "WEBP", quality=55, method=2)
