@@ -37,7 +37,9 @@ class Curated:
         return sorted(row["reason"] for row in self.rows + self.files if row["status"] != "used")
 
     def used(self) -> list[nibabel.Nifti1Image]:
-        return [nibabel.load(self.out / "volumes" / f"{row['id']}.nii.gz") for row in self.rows if row["status"] == "used"]
+        return [
+            nibabel.load(self.out / "volumes" / f"{row['id']}.nii.gz") for row in self.rows if row["status"] == "used"
+        ]
 
 
 @pytest.fixture
@@ -79,7 +81,13 @@ def test_an_axial_ct_is_its_pixels_in_hounsfield_units_where_the_headers_say(tmp
 
 @pytest.mark.parametrize(
     "orientation",
-    [(0, 1, 0, 0, 0, -1), (1, 0, 0, 0, 0, -1), (-1, 0, 0, 0, -1, 0), (0.8, 0.6, 0, -0.6, 0.8, 0), (0, 0, -1, 0.6, 0.8, 0)],
+    [
+        (0, 1, 0, 0, 0, -1),
+        (1, 0, 0, 0, 0, -1),
+        (-1, 0, 0, 0, -1, 0),
+        (0.8, 0.6, 0, -0.6, 0.8, 0),
+        (0, 0, -1, 0.6, 0.8, 0),
+    ],
 )
 @pytest.mark.parametrize("step_mm", [3.0, -2.5])
 def test_any_orientation_and_order(tmp_path, curated, orientation, step_mm):
@@ -300,7 +308,13 @@ def test_the_padding_of_a_ct_becomes_air(tmp_path, curated, padding):
 
 @pytest.mark.parametrize(
     "syntax",
-    ["1.2.840.10008.1.2", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.90"],
+    [
+        "1.2.840.10008.1.2",
+        "1.2.840.10008.1.2.2",
+        "1.2.840.10008.1.2.5",
+        "1.2.840.10008.1.2.4.80",
+        "1.2.840.10008.1.2.4.90",
+    ],
 )
 def test_transfer_syntaxes(tmp_path, curated, syntax):
     pixels = body()
@@ -443,4 +457,4 @@ def test_a_converter_that_hangs_or_fails_is_a_reason(tmp_path, curated, monkeypa
     waits.write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(convert.Refused, match="wrote nothing"):
         convert.convert_dicom([(str(f), 0) for f in files], [], record, UPRIGHT, str(tmp_path), Rules())
-    waits.write_text(f"#!/bin/sh\nexec {Path(convert.dcm2niix.__file__).parent}/dcm2niix \"$@\"\n")
+    waits.write_text(f'#!/bin/sh\nexec {Path(convert.dcm2niix.__file__).parent}/dcm2niix "$@"\n')
