@@ -1,8 +1,9 @@
 """Curate an archive of DICOM and other files to a checked, deduplicated and split pre-training set.
 
     python -m tools.curate SET /archive/ct lidc=/data/LIDC-IDRI t1=/data/ixi/T1
-    python -m tools.curate audit PRETRAIN.json TEST.json
-    python -m tools.curate plan RECIPE.json
+    python -m tools.curate SET --recipe RECIPE.json --root /data
+    python -m tools.curate plan SET RECIPE.json --root /data
+    python -m tools.curate audit PRETRAIN.json TEST.json...
     python -m tools.curate where SET ID SOURCE...
 
 A SOURCE is a folder or a file, NAME=PATH to have it called so in the report, or MODALITY=PATH (NAME,MODALITY=PATH) to
@@ -12,20 +13,45 @@ say what its volumes without DICOM headers are. The same command goes on after a
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from custom.errors import BadInput
+from tools.curate import recipe as recipes
 from tools.curate import report
+from tools.curate.audit import audit, describe
 from tools.curate.find import read_sources
 from tools.curate.page import write_page
-from tools.curate.rules import MODALITIES, read_rules
-from tools.curate.run import alone, curate
+from tools.curate.rules import MODALITIES, Rules, read_rules
+from tools.curate.run import alone, curate, where
 
 
-def run(options: argparse.Namespace) -> None:
+def curate_arguments(add: Callable) -> None:
+    add("out", metavar="SET", help="folder to write, made if missing")
+    add("source", metavar="SOURCE", nargs="*", help="folder or file, NAME=PATH or MODALITY=PATH")
+    add("--name", metavar="ID=MODALITY", nargs="+", default=[], help="use volumes that were listed as uncertain")
+    add("--rule", metavar="NAME=VALUE", nargs="+", default=[], help="another limit; docs/curate.md lists them")
+    add("--rules", metavar="FILE.json", help="limits as a JSON object")
+    add("--recipe", metavar="FILE.json", help="sources, rules and the counts that must come out, instead of SOURCE")
+    add("--root", metavar="DIR", default=".", help="where the recipe's paths start (%(default)s)")
+    add("--salt", metavar="FILE", help="secret of the pseudonyms, to have the same ones in several sets")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+
+
+def run_curate(options: argparse.Namespace) -> None:
     """Curate, then write list, report and page, and print a summary and the next step."""
-    out, rules = Path(os.path.abspath(options.out)), read_rules(options.rules, options.rule)
-    sources = read_sources(options.source)
+    out, recipe = Path(os.path.abspath(options.out)), None
+    if bool(options.source) is bool(options.recipe):
+        raise BadInput("Name sources, or a --recipe that does: one of both.")
+    if options.workers < 1:
+        raise BadInput(f"--workers must be at least 1, not {options.workers}.")
+    if options.recipe:
+        recipe = recipes.read_recipe(options.recipe, options.root)
+        sources, rules = recipe.sources, recipe.rules
+        if missing := [source.path for source in sources if not os.path.exists(source.path)]:
+            raise BadInput(f"The source {missing[0]} of the recipe does not exist; paths start from --root.")
+    else:
+        sources, rules = read_sources(options.source), read_rules(options.rules, options.rule)
     named = dict(_named(text) for text in options.name)
     with alone(out):
         rows = curate(out, sources, rules, options.workers, options.salt, named)
@@ -33,6 +59,8 @@ def run(options: argparse.Namespace) -> None:
         print(report.summary(rows))
         report.check_used(rows)
         report.write_datalist(rows, out)
+    if recipe:
+        print(recipes.compare(recipe, rows)[0])
     print(f"Each series with its reason: {table}\nTo look at: {page}\nNext:\n{report.next_step(out)}")
 
 
@@ -43,22 +71,63 @@ def _named(text: str) -> tuple[str, str]:
     return id_, name
 
 
+def plan_arguments(add: Callable) -> None:
+    add("out", metavar="SET", help="folder that the set will be made in")
+    add("recipe", metavar="RECIPE.json")
+    add("--root", metavar="DIR", default=".", help="where the recipe's paths start (%(default)s)")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Print what a recipe takes."""
+    print(recipes.plan(recipes.read_recipe(options.recipe, options.root), Path(options.out), options.workers))
+
+
+def audit_arguments(add: Callable) -> None:
+    add("pretrain", metavar="PRETRAIN.json", help="data list of the pre-training")
+    add("test", metavar="TEST.json", nargs="+", help="data lists to test on; all their sections count")
+    add("--rule", metavar="NAME=VALUE", nargs="+", default=[], help="another limit for near twins")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+
+
+def run_audit(options: argparse.Namespace) -> None:
+    """Print which test cases the pre-training has seen."""
+    print(describe(*audit(options.pretrain, options.test, options.workers, read_rules(None, options.rule))))
+
+
+def where_arguments(add: Callable) -> None:
+    add("out", metavar="SET", help="folder that was curated")
+    add("id", metavar="ID", help="of a line in its report.csv")
+    add("source", metavar="SOURCE", nargs="+", help="the sources, as they were given")
+
+
+def run_where(options: argparse.Namespace) -> None:
+    """Print the files of a series: the set itself holds no path."""
+    print("\n".join(where(Path(options.out), options.id, read_sources(options.source), Rules())))
+
+
+COMMANDS = {
+    "curate": (curate_arguments, run_curate),
+    "plan": (plan_arguments, run_plan),
+    "audit": (audit_arguments, run_audit),
+    "where": (where_arguments, run_where),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = argv.pop(0) if argv and argv[0] in COMMANDS else "curate"
+    arguments, run = COMMANDS[name]
     about, _, usage = __doc__.partition("\n")
     parser = argparse.ArgumentParser(
-        prog="python -m tools.curate", description=about, epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("out", metavar="SET", help="folder to write, made if missing")
-    add("source", metavar="SOURCE", nargs="+", help="folder or file, NAME=PATH or MODALITY=PATH")
-    add("--name", metavar="ID=MODALITY", nargs="+", default=[], help="use volumes that were listed as uncertain")
-    add("--rule", metavar="NAME=VALUE", nargs="+", default=[], help="another limit; docs/curate.md lists them")
-    add("--rules", metavar="FILE.json", help="limits as a JSON object")
-    add("--salt", metavar="FILE", help="secret of the pseudonyms, to have the same ones in several sets")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
+        prog="python -m tools.curate" + (f" {name}" if name != "curate" else ""),
+        description=about,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    arguments(parser.add_argument)
     try:
         run(parser.parse_args(argv))
     except BadInput as error:

@@ -19,12 +19,13 @@ from scipy import fft, ndimage
 from tools.curate.rules import Rules
 
 GRID_MM = 3.0
-LANDMARKS = 40  # of a volume, the strongest
+LANDMARKS = 64  # of a volume, the strongest
+WEAKEST = 0.005  # strength of a landmark, of a range of grey values of 1
+SMALL = 20  # grid steps; sides that are shorter have landmarks up to their ends
 REACH = 3  # grid steps from a landmark to the side of its surroundings
-SIDE = 2 * REACH + 1
 WAVES = 4  # of the cosine transform, along each axis
 LENGTH = WAVES**3 - 1
-DISTINCT = 0.9  # cosine of two descriptors of one volume from which on neither is used
+DISTINCT = 0.95  # cosine of two descriptors of one volume from which on neither is used
 NEAR_MM = 4.5  # matches that lie alike within this
 BLOCK = 4096  # descriptors compared at once
 
@@ -91,16 +92,17 @@ def _resample(voxels: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
 def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the places (n, 3) in grid steps, and the descriptors (n, LENGTH), of the strongest landmarks."""
     none = np.zeros((0, 3), np.float32), np.zeros((0, LENGTH), np.float32)
-    if min(grid.shape) < SIDE:
+    if min(grid.shape) < 3:
         return none
-    low, high = np.percentile(grid, (1, 99))
-    grid = np.clip(grid, low, high)  # windows do about this
+    grid = _equalise(grid)
     band = ndimage.gaussian_filter(grid, 1.0) - ndimage.gaussian_filter(grid, 1.6)
     strength = np.abs(band)
     peak = (band == ndimage.maximum_filter(band, 3)) | (band == ndimage.minimum_filter(band, 3))
     margin = np.zeros(grid.shape, bool)
-    margin[REACH:-REACH, REACH:-REACH, REACH:-REACH] = True
-    peak &= margin & (strength > 0.02 * max(high - low, 1e-6))
+    # What surrounds a landmark is inside of the volume, but for small ones, which would have no landmark then.
+    edges = [REACH if n >= SMALL else 1 for n in grid.shape]
+    margin[tuple(slice(edge, -edge) for edge in edges)] = True
+    peak &= margin & (strength > WEAKEST)
     places = np.argwhere(peak)
     places = places[np.argsort(-strength[peak], kind="stable")[: 3 * LANDMARKS]]
     if not len(places):
@@ -111,6 +113,14 @@ def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     alike = descriptors @ descriptors.T - np.eye(len(descriptors))
     good &= alike.max(axis=1) < DISTINCT
     return places[good][:LANDMARKS], descriptors[good][:LANDMARKS]
+
+
+def _equalise(grid: np.ndarray) -> np.ndarray:
+    """Return grey values from 0 to 1 that are used about equally often, so that windows and scales make no difference."""
+    low, high = np.percentile(grid, (1, 99))
+    counts, edges = np.histogram(np.clip(grid, low, high), 256, (low, high) if high > low else (low, low + 1))
+    counts = np.minimum(counts, 0.02 * counts.sum())  # the background is to take no more of the range than others
+    return np.interp(grid, edges, np.append(0, np.cumsum(counts)) / counts.sum()).astype(np.float32)
 
 
 def _describe(grid: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +134,7 @@ def _describe(grid: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndar
         patches[mirrored] = np.flip(patches[mirrored], axis=axis)
     waves = fft.dctn(patches, axes=(1, 2, 3), norm="ortho")[:, :WAVES, :WAVES, :WAVES].reshape(len(places), -1)[:, 1:]
     lengths = np.linalg.norm(waves, axis=1)
-    good = lengths > 1e-3 * max(grid.max() - grid.min(), 1e-6)
+    good = lengths > 1e-3
     return (waves / np.maximum(lengths, 1e-9)[:, None]).astype(np.float32), good
 
 
