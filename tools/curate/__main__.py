@@ -13,10 +13,11 @@ say what its volumes without DICOM headers are. The same command goes on after a
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from custom.errors import BadInput
+from tools._cli import say, tool
 from tools.curate import recipe as recipes
 from tools.curate import report
 from tools.curate.audit import audit, describe
@@ -56,12 +57,12 @@ def run_curate(options: argparse.Namespace) -> None:
     with alone(out):
         rows = curate(out, sources, rules, options.workers, options.salt, named)
         table, page = report.write_table(rows, out), write_page(rows, out)
-        print(report.summary(rows))
+        say(report.summary(rows))
         report.check_used(rows)
         report.write_datalist(rows, out)
     if recipe:
-        print(recipes.compare(recipe, rows)[0])
-    print(f"Each series with its reason: {table}\nTo look at: {page}\nNext:\n{report.next_step(out)}")
+        say(recipes.compare(recipe, rows)[0])
+    say(f"Each series with its reason: {table}\nTo look at: {page}\nNext:\n{report.next_step(out)}")
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -80,7 +81,7 @@ def plan_arguments(add: Callable) -> None:
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print what a recipe takes."""
-    print(recipes.plan(recipes.read_recipe(options.recipe, options.root), Path(options.out), options.workers))
+    say(recipes.plan(recipes.read_recipe(options.recipe, options.root), Path(options.out), options.workers))
 
 
 def audit_arguments(add: Callable) -> None:
@@ -92,7 +93,7 @@ def audit_arguments(add: Callable) -> None:
 
 def run_audit(options: argparse.Namespace) -> None:
     """Print which test cases the pre-training has seen."""
-    print(describe(*audit(options.pretrain, options.test, options.workers, read_rules(None, options.rule))))
+    say(describe(*audit(options.pretrain, options.test, options.workers, read_rules(None, options.rule))))
 
 
 def where_arguments(add: Callable) -> None:
@@ -103,40 +104,23 @@ def where_arguments(add: Callable) -> None:
 
 def run_where(options: argparse.Namespace) -> None:
     """Print the files of a series: the set itself holds no path."""
-    print("\n".join(where(Path(options.out), options.id, read_sources(options.source), Rules())))
+    say("\n".join(where(Path(options.out), options.id, read_sources(options.source), Rules())))
 
 
 COMMANDS = {
-    "curate": (curate_arguments, run_curate),
-    "plan": (plan_arguments, run_plan),
-    "audit": (audit_arguments, run_audit),
-    "where": (where_arguments, run_where),
+    "curate": (curate_arguments, run_curate, "the same command goes on from here"),
+    "plan": (plan_arguments, run_plan, "nothing was written"),
+    "audit": (audit_arguments, run_audit, "nothing was written"),
+    "where": (where_arguments, run_where, "nothing was written"),
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, 2 (one sentence on stderr says why) or 130 (Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv.pop(0) if argv and argv[0] in COMMANDS else "curate"
-    arguments, run = COMMANDS[name]
-    about, _, usage = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.curate" + (f" {name}" if name != "curate" else ""),
-        description=about,
-        epilog=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    arguments(parser.add_argument)
-    try:
-        run(parser.parse_args(argv))
-    except BadInput as error:
-        print(f"curate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("curate: stopped; the same command goes on from here.", file=sys.stderr)
-        return 130
-    return 0
+    arguments, run, stopped = COMMANDS[name]
+    return tool("curate" if name == "curate" else f"curate {name}", __doc__, arguments, run, stopped)(argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Say what of a test set a pre-training has seen: the same scan, its near twin, or its patient."""
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from custom.errors import BadInput
+from custom.files import read_json
 from tools.curate.parallel import Failed, parallel
 from tools.curate.rules import Rules
 from tools.curate.twins import Fingerprint, fingerprint, near_twins
@@ -29,28 +29,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Seen:
-    """A test case that the pre-training has seen: how ("exact", "near", "patient" or "name"), and by which of its scans."""
+    """A test case that was seen: how ("exact", "near", "patient" or "name"), and by which scan of the pre-training."""
 
     case: str
     how: str
     by: str
-
-
-def read_object(file: str) -> dict:
-    """Return the JSON object of a file.
-
-    Raises:
-        BadInput: for a file that can't be read or holds none.
-    """
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise BadInput(f"{file} can't be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} is not a JSON object, it holds a {type(content).__name__}.")
-    return content
 
 
 def read_list(file: str) -> list[Entry]:
@@ -59,7 +42,7 @@ def read_list(file: str) -> list[Entry]:
     Raises:
         BadInput: for a file that is no such list, or a scan that does not exist.
     """
-    lists = read_object(file)
+    lists = read_json(file)
     entries = []
     for section in ("training", "validation", "test"):
         items = lists.get(section, [])
@@ -90,17 +73,31 @@ def print_of(path: str) -> str:
         return ""
 
 
-def prints_of(entries: Sequence[Entry], workers: int, rules: Rules, progress: bool = True) -> tuple[list[Entry], list[Fingerprint], list[Entry]]:
+def prints_of(
+    entries: Sequence[Entry], workers: int, rules: Rules, progress: bool = True
+) -> tuple[list[Entry], list[Fingerprint], list[Entry]]:
     """Return the entries that can be read, their fingerprints, and those that can't."""
     paths = sorted({entry.path for entry in entries})
     found: dict[str, str] = {}
-    for path, text in tqdm(parallel(print_of, paths, workers, rules.timeout_s), "reading", len(paths), unit="scan", disable=None if progress else True):
+    for path, text in tqdm(
+        parallel(print_of, paths, workers, rules.timeout_s),
+        "reading",
+        len(paths),
+        unit="scan",
+        disable=None if progress else True,
+    ):
         found[path] = "" if isinstance(text, Failed) else text
     readable = [entry for entry in entries if found[entry.path]]
-    return readable, [Fingerprint.from_text(found[entry.path]) for entry in readable], [e for e in entries if not found[e.path]]
+    return (
+        readable,
+        [Fingerprint.from_text(found[entry.path]) for entry in readable],
+        [e for e in entries if not found[e.path]],
+    )
 
 
-def audit(pretrain: str, tests: Sequence[str], workers: int, rules: Rules, progress: bool = True) -> tuple[list[Seen], int, list[str]]:
+def audit(
+    pretrain: str, tests: Sequence[str], workers: int, rules: Rules, progress: bool = True
+) -> tuple[list[Seen], int, list[str]]:
     """Compare test sets with what was pre-trained on.
 
     Args:

@@ -20,9 +20,11 @@ import pydicom
 import SimpleITK
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from custom.data.nifti import corner_distance_mm, fault_of_affine
+from custom.files import replacing
 from tools.curate.rules import Rules
 from tools.curate.series import LPS_TO_RAS
-from tools.datalist import DEFLATE_RATIO, inspect_file
+from tools.datalist_check import DEFLATE_RATIO, inspect_file
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it calls itself experimental; its mosaics are compared with the converter's
@@ -73,7 +75,7 @@ def convert_dicom(
     else:
         (expected, stored), affine = _stack(files), np.array(affine)
     last = "the converter wrote nothing"
-    # The converter takes one rescaling for all slices: where each has its own it gets, and is compared by, stored values.
+    # The converter takes one scale for all slices: where each has its own, it gets and is compared by stored values.
     for clean in (False, True) if stored is None else (True,):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             for volume in _dcm2niix(paths, Path(folder), clean, stored is not None, rules.timeout_s):
@@ -189,39 +191,13 @@ def _clean_copy(path: str, target: Path, bare: bool) -> None:
     """Write an image uncompressed, with a meta header, and only the elements that a volume is made of."""
     dataset = _dataset(path)
     dataset.decompress() if dataset.file_meta.TransferSyntaxUID.is_compressed else None
-    keep = [
-        "SOPClassUID",
-        "SOPInstanceUID",
-        "StudyInstanceUID",
-        "SeriesInstanceUID",
-        "Modality",
-        "SeriesNumber",
-        "AcquisitionNumber",
-        "InstanceNumber",
-        "Rows",
-        "Columns",
-        "NumberOfFrames",
-        "PixelSpacing",
-        "SliceThickness",
-        "ImageOrientationPatient",
-        "ImageType",
-        "ImagePositionPatient",
-        "SamplesPerPixel",
-        "PhotometricInterpretation",
-        "BitsAllocated",
-        "BitsStored",
-        "HighBit",
-        "PixelRepresentation",
-        "RescaleSlope",
-        "RescaleIntercept",
-        "EchoTime",
-        "RepetitionTime",
-        "SharedFunctionalGroupsSequence",
-        "ImageOrientation",
-        "PerFrameFunctionalGroupsSequence",
-        "DimensionIndexSequence",
-        "Manufacturer",
-    ]
+    keep = """
+    SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SeriesNumber AcquisitionNumber
+    InstanceNumber Rows Columns NumberOfFrames PixelSpacing SliceThickness ImageOrientationPatient ImageType
+    ImagePositionPatient SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit
+    PixelRepresentation RescaleSlope RescaleIntercept EchoTime RepetitionTime SharedFunctionalGroupsSequence
+    ImageOrientation PerFrameFunctionalGroupsSequence DimensionIndexSequence Manufacturer
+    """.split()  # noqa: SIM905
     copy = pydicom.Dataset()
     for name in keep:
         if name in dataset:
@@ -255,8 +231,7 @@ def _difference(
         shapes = ("x".join(map(str, one)) for one in (shape, expected.shape))
         return "the converter's volume has {} voxels, the images {}".format(*shapes), turn
     moved = affine @ nibabel.orientations.inv_ornt_aff(turn, expected.shape)
-    corners = np.array([(*np.multiply(corner, shape - 1), 1) for corner in np.ndindex(2, 2, 2)])
-    apart_mm = np.linalg.norm(corners @ (moved - volume.affine).T, axis=1).max()
+    apart_mm = corner_distance_mm(moved, volume.affine, shape)
     if not apart_mm < 0.05 + 0.1 * np.linalg.norm(affine[:3, :3], axis=0).min():
         return f"the converter puts a corner {apart_mm:.3g} mm from where the headers do", turn
     voxels = np.asanyarray(volume.dataobj)
@@ -301,11 +276,10 @@ def convert_image(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.nd
         raise Refused("truncated or corrupted") from error
     except Exception as error:
         raise Refused(f"can't be read: {type(error).__name__}") from error
-    columns = affine[:3, :3]
-    spacing_mm = np.linalg.norm(columns, axis=0)
-    if not np.isfinite(affine).all() or not (spacing_mm > 0).all():
-        raise Refused("affine that is singular or not finite")
-    cosines = (columns / spacing_mm).T @ (columns / spacing_mm)
+    if wrong := fault_of_affine(affine):
+        raise Refused(f"bad affine: {wrong}")
+    columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = columns.T @ columns
     if np.abs(cosines - np.eye(3)).max() > np.sin(np.radians(rules.max_tilt_deg)):
         raise Refused("sheared axes")
     return voxels, affine, notes
@@ -432,7 +406,5 @@ def write_volume(voxels: np.ndarray, affine: np.ndarray, path: Path) -> None:
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
-    draft = path.with_name(f".{path.name}.part")
-    with open(draft, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as stream:
+    with replacing(path) as part, open(part, "wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as stream:
         image.to_stream(stream)
-    os.replace(draft, path)

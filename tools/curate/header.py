@@ -37,10 +37,10 @@ WORDS = {
     "perfusion": r"perf|perfusion|asl|pasl|pcasl|dsc|dce|cbf|cbv|mtt|tmax|ttp|rcbf|rcbv",
     "angiography": r"tof|mra|mrv|angio|venogram|pca",
     "map": r"fieldmap|field_?map|b[01][-_ ]?(?:map|ns)|phase|magn_?phase|t1map|t2map|quant|mapping|t1rho",
-    "localizer": r"loc|localizer|localiser|scout|survey|surview|topogram|pilot|scanogram|3[-_ ]?plane|aahscout|smartprep",
+    "localizer": r"loc|locali[sz]er|scout|survey|surview|topogram|pilot|scanogram|3[-_ ]?plane|aahscout|smartprep",
     "derived": r"mip|minip|mpr|subtraction|subtr|projection|projected|screen[-_ ]?save|summary|processed|3d[-_ ]?vr",
-    "mask": r"seg|segs|segm|segmentation|label|labels(?:tr|ts)?|labelmap|mask|masks|roi|aseg|aparc|dseg|parcellation|lesion|drawing|"
-    r"groundtruth|gt|annotation|contour|atlaslabels",
+    "mask": r"seg|segs|segm|segmentation|label|labels(?:tr|ts)?|labelmap|mask|masks|roi|aseg|aparc|dseg|parcellation|"
+    r"lesion|drawing|groundtruth|gt|annotation|contour|atlaslabels",
     "animal": r"mouse|mice|murine|rat|rats|macaque|monkey|primate|rhesus|inia19|canine|feline|porcine|pig|rabbit|"
     r"sheep|ovine|marmoset|zebrafish|specimen|exvivo|ex[-_ ]?vivo",
     "phantom": r"phantom|phantoms|qa|acr|water_?bottle|catphan|test_?object",
@@ -48,69 +48,18 @@ WORDS = {
 # A word ends where letters and digits end: "ct" is no part of "contact", nor "rat" of "saturation".
 VOCABULARY = {word: re.compile(rf"(?<![a-z0-9])(?:{pattern})(?![a-z0-9])") for word, pattern in WORDS.items()}
 
-TAGS = [
-    "SOPClassUID",
-    "SOPInstanceUID",
-    "StudyInstanceUID",
-    "SeriesInstanceUID",
-    "FrameOfReferenceUID",
-    "PatientID",
-    "IssuerOfPatientID",
-    "Modality",
-    "ImageType",
-    "SeriesDescription",
-    "ProtocolName",
-    "StudyDescription",
-    "SequenceName",
-    "BodyPartExamined",
-    "SeriesNumber",
-    "AcquisitionNumber",
-    "InstanceNumber",
-    "TemporalPositionIdentifier",
-    "NumberOfTemporalPositions",
-    "TriggerTime",
-    "Rows",
-    "Columns",
-    "NumberOfFrames",
-    "PixelSpacing",
-    "ImagerPixelSpacing",
-    "SpacingBetweenSlices",
-    "SliceThickness",
-    "SliceLocation",
-    "ImageOrientationPatient",
-    "ImagePositionPatient",
-    "GantryDetectorTilt",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "BitsAllocated",
-    "BitsStored",
-    "PixelRepresentation",
-    "PixelPaddingValue",
-    "RescaleSlope",
-    "RescaleIntercept",
-    "RescaleType",
-    "RepetitionTime",
-    "EchoTime",
-    "EchoNumbers",
-    "InversionTime",
-    "FlipAngle",
-    "EchoTrainLength",
-    "ScanningSequence",
-    "SequenceVariant",
-    "ScanOptions",
-    "MRAcquisitionType",
-    "ContrastBolusAgent",
-    "DiffusionBValue",
-    "BurnedInAnnotation",
-    "PatientSpeciesDescription",
-    "ComplexImageComponent",
-    "SharedFunctionalGroupsSequence",
-    "PerFrameFunctionalGroupsSequence",
-    "DimensionIndexSequence",
-    "ContrastBolusAgentSequence",
-    "PatientName",
-    "EchoPulseSequence",
-]
+TAGS = """
+SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID FrameOfReferenceUID PatientID IssuerOfPatientID Modality
+ImageType SeriesDescription ProtocolName StudyDescription SequenceName BodyPartExamined SeriesNumber AcquisitionNumber
+InstanceNumber TemporalPositionIdentifier NumberOfTemporalPositions TriggerTime Rows Columns NumberOfFrames
+PixelSpacing ImagerPixelSpacing SpacingBetweenSlices SliceThickness SliceLocation ImageOrientationPatient
+ImagePositionPatient GantryDetectorTilt SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored
+PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept RescaleType RepetitionTime EchoTime EchoNumbers
+InversionTime FlipAngle EchoTrainLength ScanningSequence SequenceVariant ScanOptions MRAcquisitionType
+ContrastBolusAgent DiffusionBValue BurnedInAnnotation PatientSpeciesDescription ComplexImageComponent
+SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence ContrastBolusAgentSequence
+PatientName EchoPulseSequence
+""".split()  # noqa: SIM905
 PRIVATE = [0x0019100C, 0x0019100A, 0x00431039, 0x0051100B, 0x20011003]
 SIEMENS_B, SIEMENS_MOSAIC, GE_B, SIEMENS_SIZE, PHILIPS_B = PRIVATE
 

@@ -4,6 +4,7 @@ import base64
 import json
 from pathlib import Path
 
+from custom.files import write_text
 from tools.curate.run import Row
 from tools.curate.state import State
 
@@ -38,9 +39,7 @@ def write_page(rows: list[Row], out: Path) -> Path:
     before, _, after = TEMPLATE.read_text(encoding="utf-8").partition("ROWS")
     between, _, after = after.partition("PICTURES")
     file = out / "page.html"
-    draft = file.with_name(f".{file.name}.part")
-    draft.write_text("".join((before, _script(entries), between, _script(pictures), after)), encoding="utf-8")
-    draft.replace(file)
+    write_text(file, "".join((before, _script(entries), between, _script(pictures), after)))
     return file
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from custom.errors import BadInput
-from tools.curate.audit import read_object
+from custom.files import read_json
 from tools.curate.find import Source
 from tools.curate.rules import MODALITIES, Rules, check_rules
 from tools.curate.run import Row
@@ -48,7 +48,7 @@ def read_recipe(file: str, root: str) -> Recipe:
     Raises:
         BadInput: for what is no recipe.
     """
-    content = read_object(file)
+    content = read_json(file)
     sources, volumes, sizes = [], {}, {}
     for number, entry in enumerate(content.get("sources") or [{}]):
         entry = entry if isinstance(entry, dict) else {}
@@ -56,10 +56,12 @@ def read_recipe(file: str, root: str) -> Recipe:
         known = isinstance(expected, dict) and all(
             key in MODALITIES and isinstance(count, int) for key, count in expected.items()
         )
-        if not (isinstance(name, str) and isinstance(path, str) and known and entry.get("modality", "ct") in MODALITIES):
+        if not (
+            isinstance(name, str) and isinstance(path, str) and known and entry.get("modality", "ct") in MODALITIES
+        ):
             raise BadInput(
-                f'{file}: source {number} needs "name", "path" and "volumes", such as {{"ct": 888}}; a "modality" is one '
-                f"of {', '.join(MODALITIES)}."
+                f'{file}: source {number} needs "name", "path" and "volumes", such as {{"ct": 888}}; a "modality" is '
+                f"one of {', '.join(MODALITIES)}."
             )
         if name in volumes:
             raise BadInput(f"{file}: two sources are called {name}.")
@@ -85,13 +87,19 @@ def plan(recipe: Recipe, out: Path, workers: int) -> str:
         total.update(volumes=volumes, archive=archive, set_gb=set_gb, hours=hours)
         there = "yes" if Path(source.path).exists() else "no"
         table.append((source.name, there, volumes, f"{archive:.0f}", f"{set_gb:.0f}", f"{hours:.1f}"))
-    table.append(("all", "", total["volumes"], *(f"{total[key]:.0f}" for key in ("archive", "set_gb")), f"{total['hours']:.1f}"))
+    table.append(
+        ("all", "", total["volumes"], *(f"{total[key]:.0f}" for key in ("archive", "set_gb")), f"{total['hours']:.1f}")
+    )
     widths = [max(len(str(row[column])) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    lines = [
+        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    ]
     folder = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
     free = shutil.disk_usage(folder).free / 1e9
     enough = "enough" if free > total["set_gb"] * 1.1 else "NOT enough: make room, or name another folder for the set"
-    lines.append(f"{free:.0f} GB are free at {folder}: {enough}. Archives (zip, tar) take their size once more meanwhile.")
+    lines.append(
+        f"{free:.0f} GB are free at {folder}: {enough}. Archives (zip, tar) take their size once more meanwhile."
+    )
     return "\n".join(lines)
 
 
@@ -105,5 +113,7 @@ def compare(recipe: Recipe, rows: Sequence[Row]) -> tuple[str, bool]:
             right = found[modality] == expected
             same &= right
             left = f", {twins[modality]} of them twins" if twins[modality] else ""
-            lines.append(f"{source.name} {modality}: {found[modality]} of {expected}{left}{'' if right else '  <- differs'}")
+            lines.append(
+                f"{source.name} {modality}: {found[modality]} of {expected}{left}{'' if right else '  <- differs'}"
+            )
     return "\n".join(lines), same

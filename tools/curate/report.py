@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 from custom.errors import BadInput
+from custom.files import write_json, write_text
 from tools.curate.rules import MODALITIES
 from tools.curate.run import Row
 
@@ -40,20 +41,8 @@ def write_datalist(rows: list[Row], out: Path) -> Path:
     count = Counter(row.modality for row in rows if row.status == "used")
     about = ", ".join(f"{count[name]} {name}" for name in MODALITIES if count[name])
     file = out / "datalist.json"
-    _write(file, json_text({"name": "curated", "description": f"curated for pre-training: {about}", **lists}))
+    write_json(file, {"name": "curated", "description": f"curated for pre-training: {about}", **lists})
     return file
-
-
-def json_text(content: dict) -> str:
-    """Return JSON with one entry of a list a line."""
-    import json
-
-    lines = []
-    for key, value in content.items():
-        inner = ",\n    ".join(json.dumps(entry) for entry in value) if isinstance(value, list) else None
-        text = json.dumps(value) if inner is None else f"[\n    {inner}\n  ]" if value else "[]"
-        lines.append(f"  {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def write_table(rows: list[Row], out: Path) -> Path:
@@ -74,14 +63,8 @@ def write_table(rows: list[Row], out: Path) -> Path:
         }
         writer.writerow([cells[name] for name in COLUMNS])
     file = out / "report.csv"
-    _write(file, table.getvalue())
+    write_text(file, table.getvalue())
     return file
-
-
-def _write(file: Path, text: str) -> None:
-    draft = file.with_name(f".{file.name}.part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)
 
 
 def summary(rows: list[Row]) -> str:

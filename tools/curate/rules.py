@@ -1,13 +1,12 @@
 """What a volume has to be like: every limit of curation, each a name and a number that a user may set."""
 
 import dataclasses
-import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from custom.errors import BadInput
+from custom.files import read_json
+from custom.text import did_you_mean
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
 
@@ -35,8 +34,8 @@ class Rules:
         max_cut_sides: sides of the volume, of 6, that cut through the anatomy; crops have up to 6.
         min_confidence: of the modality, from 0 to 1; below it the volume is listed as uncertain and not used.
         twin_cosine: from which cosine two local descriptors match.
-        twin_votes: matches that lie alike in both volumes; from this number on they are near twins.
-        twin_share: the same, as a share of the landmarks of the volume that has fewer.
+        twin_votes: matches that lie alike in both volumes; from this number on they are near twins, if these are
+        twin_share: of the landmarks of the volume that has fewer; half of them where these are less than 24.
         validation_share: patients held out.
         timeout_s: for reading and converting one series.
         max_file_gb: of one file, and of one unpacked member of an archive.
@@ -61,8 +60,8 @@ class Rules:
     max_cut_sides: int = 6
     min_confidence: float = 0.6
     twin_cosine: float = 0.95
-    twin_votes: int = 5
-    twin_share: float = 0.25
+    twin_votes: int = 6
+    twin_share: float = 0.12
     validation_share: float = 0.05
     timeout_s: float = 600.0
     max_file_gb: float = 16.0
@@ -75,12 +74,7 @@ def read_rules(file: str | None, settings: Sequence[str]) -> Rules:
     Raises:
         BadInput: for a file that is no JSON object, an unknown rule, or a value that is not a number.
     """
-    values: dict = {}
-    if file:
-        try:
-            values = dict(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise BadInput(f"The rules {file} can't be read as a JSON object: {error}.") from error
+    values = read_json(file) if file else {}
     for setting in settings:
         name, sign, value = setting.partition("=")
         if not sign:
@@ -94,9 +88,8 @@ def check_rules(values: dict, where: str) -> Rules:
     kinds = {field.name: type(field.default) for field in dataclasses.fields(Rules)}
     for name, value in values.items():
         if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(kinds)}."
-            raise BadInput(f"{where}: there is no rule {name}; {hint}")
+            others = did_you_mean(name, kinds) or f"; known are {', '.join(kinds)}."
+            raise BadInput(f"{where}: there is no rule {name}{others}")
         try:
             values[name] = kinds[name](float(value))
         except (TypeError, ValueError) as error:

@@ -1,7 +1,8 @@
-"""The run: find files, read headers, make volumes, judge, leave twins out, split, and say what was done with each series."""
+"""The run: find files, read headers, make volumes, judge, leave twins out, split; a row for each series says how."""
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -102,7 +103,7 @@ def curate(
             raise BadInput(f"The source {source.path} lies in {out}; name another folder for the set.")
     pseudonyms = Pseudonyms(read_salt(out, salt))
     state = State(out / "state.sqlite")
-    for part in (out / "volumes").glob(".*.part"):  # of a run that was killed
+    for part in (out / "volumes").glob("*.part"):  # of a run that was killed
         part.unlink()
     for left in (out / ".work").glob("tmp*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -276,35 +277,40 @@ def _judge(held, done: dict, sources: dict[str, Source], rules: Rules, named: di
 
 
 def _twins(rows: list[Row], prints: dict[str, twins.Fingerprint], rules: Rules) -> list[tuple[str, str]]:
-    """Leave out all but the best of twins of one modality; return the pairs of all twins, of any modality."""
-    ids = list(prints)
+    """Leave out all but the best of twins; return the pairs of all twins, of any modality.
+
+    Near twins of different modalities, such as T1 and T1ce of one head, are of one patient, but both are used.
+    """
     own = {row.id: row for row in rows if row.id in prints}
-    pairs = {(ids[group[0]], ids[other]) for group in twins.exact_twins(list(prints.values())) for other in group[1:]}
-    digests = {id_: one.digest for id_, one in prints.items()}
-    pairs |= {(ids[one], ids[two]) for one, two, _ in twins.near_twins(list(prints.values()), rules)}
-    of: dict[str, set[str]] = defaultdict(set)
-    for one, two in pairs:
-        of[one].add(two)
-        of[two].add(one)
-    for group in twins.exact_twins(list(prints.values())):
-        for number in group:
-            of[ids[number]] |= {ids[other] for other in group} - {ids[number]}
+    first: dict[str, str] = {}  # volume that stands for those with the same voxels, by their digest
+    pairs = []
+    for id_, one in prints.items():
+        if first.setdefault(one.digest, id_) != id_:
+            pairs.append((first[one.digest], id_))
+    digests = list(first)
+    near: dict[str, set[str]] = defaultdict(set)
+    for one, two, _ in twins.near_twins([prints[first[digest]] for digest in digests], rules):
+        near[digests[one]].add(digests[two])
+        near[digests[two]].add(digests[one])
+        pairs.append((first[digests[one]], first[digests[two]]))
 
     def worth(row: Row) -> tuple:
         extent = [n * mm for n, mm in zip(row.measures["shape"], row.measures["spacing_mm"], strict=True)]
-        volume, voxels = extent[0] * extent[1] * extent[2], row.measures["shape"]
-        return (row.status != "used", -round(volume, -3), -voxels[0] * voxels[1] * voxels[2], row.id)
+        return row.status != "used", -round(math.prod(extent), -3), -math.prod(row.measures["shape"]), row.id
 
-    kept: set[str] = set()
-    for row in sorted(own.values(), key=worth):
-        better = sorted(other for other in of[row.id] & kept if own[other].modality == row.modality)
-        if row.status in ("used", "uncertain") and better:
-            exact = [other for other in better if digests[other] == digests[row.id]]
-            row.status, row.twin_of = "twin", (exact or better)[0]
-            row.reason = f"{'exact' if exact else 'near'} twin of {row.twin_of}"
-        elif row.status in ("used", "uncertain"):
-            kept.add(row.id)
-    return sorted(pairs)
+    kept: dict[str, Row] = {}  # by digest
+    for row in sorted((row for row in own.values() if row.status in ("used", "uncertain")), key=worth):
+        digest = prints[row.id].digest
+        alike = sorted(
+            kept[other].id for other in near[digest] if other in kept and kept[other].modality == row.modality
+        )
+        if digest in kept:
+            row.status, row.twin_of, row.reason = "twin", kept[digest].id, f"exact twin of {kept[digest].id}"
+        elif alike:
+            row.status, row.twin_of, row.reason = "twin", alike[0], f"near twin of {alike[0]}"
+        else:
+            kept[digest] = row
+    return pairs
 
 
 def _patients(rows: list[Row], stacks_: dict[str, Stack], pairs: list[tuple[str, str]]) -> None:
@@ -323,7 +329,9 @@ def _patients(rows: list[Row], stacks_: dict[str, Stack], pairs: list[tuple[str,
         record = stacks_[row.id].record
         series = record["series"] if row.format == "DICOM" else record["series_uid"]
         # A part of a file's name is a patient's only where some DICOM says so.
-        own = [record["patient"]] if row.format == "DICOM" else [record["group"], *known.intersection(record["patients"])]
+        own = (
+            [record["patient"]] if row.format == "DICOM" else [record["group"], *known.intersection(record["patients"])]
+        )
         own += [f"series {series}"] if len(owners[series]) == 1 else []
         names.append(own[0])
         links += [(marks.setdefault(mark, number), number) for mark in own]

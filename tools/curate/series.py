@@ -1,7 +1,7 @@
 """Put DICOM images together to volumes, and check by rule that they can be one.
 
-The images of a series are told apart by what makes them different volumes (type, size, orientation, echo, phase, b value,
-time), then put in order along the normal of their planes. What the converter does is compared with this later.
+The images of a series are told apart by what makes them different volumes (type, size, orientation, echo, phase, b
+value, time), then put in order along the normal of their planes. What the converter does is compared with this later.
 """
 
 from collections import Counter, defaultdict

@@ -1,14 +1,14 @@
 """Find exact and near duplicates among thousands of volumes by their content.
 
 Exact twins have the same digest of voxels. Near twins (resampled, cropped, flipped, of another window or type) share
-landmarks: extrema of a difference of Gaussians on a grid of 3 mm, each with a descriptor of what surrounds it, as in SIFT
-(Lowe, IJCV 2004) but upright, since scans are not turned, and free of mirroring. Two volumes are near twins if enough of
-their descriptors match *and* the matches lie alike in both, shifted or mirrored.
+landmarks: extrema of a difference of Gaussians on a grid of 3 mm, each with a descriptor of what surrounds it, as in
+SIFT (Lowe, IJCV 2004) but upright, since scans are not turned, and free of mirroring. Two volumes are near twins if
+enough of their descriptors match *and* the matches lie alike in both, shifted or mirrored.
 """
 
 import base64
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from scipy import fft, ndimage
 from tools.curate.rules import Rules
 
 GRID_MM = 3.0
-LANDMARKS = 64  # of a volume, the strongest
+LANDMARKS = 96  # of a volume, the strongest
 WEAKEST = 0.005  # strength of a landmark, of a range of grey values of 1
 SMALL = 20  # grid steps; sides that are shorter have landmarks up to their ends
 REACH = 3  # grid steps from a landmark to the side of its surroundings
@@ -27,7 +27,10 @@ WAVES = 4  # of the cosine transform, along each axis
 LENGTH = WAVES**3 - 1
 DISTINCT = 0.95  # cosine of two descriptors of one volume from which on neither is used
 NEAR_MM = 4.5  # matches that lie alike within this
-BLOCK = 4096  # descriptors compared at once
+FEW, FEWEST = 24, 5  # volumes with fewer landmarks than FEW need half of them, and FEWEST, to match
+TABLES, BITS = 10, 20  # of the index
+CROWD = 100  # descriptors of one code that are compared with each other
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _equalise(grid: np.ndarray) -> np.ndarray:
-    """Return grey values from 0 to 1 that are used about equally often, so that windows and scales make no difference."""
+    """Return grey values from 0 to 1 that are used about equally often, so that windows make no difference."""
     low, high = np.percentile(grid, (1, 99))
     counts, edges = np.histogram(np.clip(grid, low, high), 256, (low, high) if high > low else (low, low + 1))
     counts = np.minimum(counts, 0.02 * counts.sum())  # the background is to take no more of the range than others
@@ -161,30 +164,49 @@ def near_twins(
     owner = np.repeat(np.arange(len(both)), [len(p.descriptors) for p in both])
     if not len(owner):
         return []
-    all_descriptors = np.concatenate([p.descriptors for p in both])
-    all_places = np.concatenate([p.places_mm for p in both])
-    matches: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-    split = int((owner < len(prints)).sum())
-    for start in range(0, split, BLOCK):
-        end = min(start + BLOCK, split)
-        first = start if others is None else split
-        for other in range(first, len(owner), BLOCK):
-            stop = min(other + BLOCK, len(owner))
-            found = np.argwhere(all_descriptors[start:end] @ all_descriptors[other:stop].T > rules.twin_cosine)
-            found += (start, other)
-            found = found[owner[found[:, 0]] < owner[found[:, 1]]]
-            for one, two in found.tolist():
-                matches[owner[one], owner[two]].append((one, two))
-    pairs = []
-    for (one, two), found in matches.items():
-        if len(found) < rules.twin_votes:
-            continue
-        ends = np.array(found)
-        votes = _alike(all_places[ends[:, 0]], all_places[ends[:, 1]], ends)
+    descriptors = np.concatenate([p.descriptors for p in both])
+    places = np.concatenate([p.places_mm for p in both])
+    ends = _matches(descriptors, owner, rules.twin_cosine)
+    if others is not None:
+        ends = ends[(owner[ends[:, 0]] < len(prints)) & (owner[ends[:, 1]] >= len(prints))]
+    pairs, starts = np.unique(owner[ends], axis=0, return_index=True) if len(ends) else (np.zeros((0, 2), int), [])
+    found = []
+    for (one, two), own in zip(pairs.tolist(), np.split(ends, starts[1:]), strict=True):
         fewest = min(len(both[one].descriptors), len(both[two].descriptors))
-        if votes >= max(rules.twin_votes, rules.twin_share * fewest):
-            pairs.append((int(one), int(two - (len(prints) if others is not None else 0)), votes))
-    return pairs
+        needed = max(rules.twin_votes, rules.twin_share * fewest) if fewest >= FEW else max(FEWEST, fewest / 2)
+        if len(own) >= needed and (votes := _alike(places[own[:, 0]], places[own[:, 1]], own)) >= needed:
+            found.append((one, two - (len(prints) if others is not None else 0), votes))
+    return found
+
+
+def _matches(descriptors: np.ndarray, owner: np.ndarray, cosine: float) -> np.ndarray:
+    """Return the pairs (n, 2) of descriptors of different volumes whose cosine is high, in the order of their owners.
+
+    Locality-sensitive hashing (Charikar, STOC 2002): a code is made of the sides of random planes that a descriptor
+    lies on; those with the same code in one of several tables are compared. So the time grows with the number of
+    descriptors, not its square. A pair of cosine 0.99 has a common code with a probability of 0.99.
+    """
+    planes = np.random.default_rng(0).standard_normal((TABLES, LENGTH, BITS)).astype(np.float32)
+    found = []
+    for table in planes:
+        codes = (descriptors @ table > 0) @ (1 << np.arange(BITS))
+        order = np.lexsort((owner, codes))
+        for lag in range(1, CROWD):
+            same = codes[order[:-lag]] == codes[order[lag:]]
+            if not same.any():
+                break
+            one, two = order[:-lag][same], order[lag:][same]
+            for start in range(0, len(one), CHUNK):
+                first, second = one[start : start + CHUNK], two[start : start + CHUNK]
+                apart = owner[first] != owner[second]
+                first, second = first[apart], second[apart]
+                near = np.einsum("ij,ij->i", descriptors[first], descriptors[second]) > cosine
+                found.append(np.stack((first[near], second[near]), axis=1))
+    if not found:
+        return np.zeros((0, 2), int)
+    ends = np.sort(np.concatenate(found), axis=1)  # descriptors lie in the order of their owners
+    ends = np.unique(ends, axis=0)
+    return ends[np.lexsort((owner[ends[:, 1]], owner[ends[:, 0]]))]
 
 
 def _alike(places: np.ndarray, others: np.ndarray, ends: np.ndarray) -> int:
@@ -197,14 +219,6 @@ def _alike(places: np.ndarray, others: np.ndarray, ends: np.ndarray) -> int:
             if near.sum() > best:  # each landmark votes once
                 best = max(best, min(len(set(ends[near, 0])), len(set(ends[near, 1]))))
     return best
-
-
-def exact_twins(prints: Sequence[Fingerprint]) -> list[list[int]]:
-    """Return the groups of volumes that have the same voxels."""
-    groups = defaultdict(list)
-    for number, one in enumerate(prints):
-        groups[one.digest].append(number)
-    return [group for group in groups.values() if len(group) > 1]
 
 
 def joined(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
@@ -221,8 +235,3 @@ def joined(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
         low, high = sorted((root(one), root(two)))
         parent[high] = low
     return [root(one) for one in range(count)]
-
-
-def matched(pairs: Sequence[tuple[int, int, int]]) -> Counter:
-    """Return how many twins each volume has."""
-    return Counter(number for pair in pairs for number in pair[:2])
