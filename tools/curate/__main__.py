@@ -11,20 +11,28 @@ say what its volumes without DICOM headers are. The same command goes on after a
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from custom.errors import BadInput
-from tools._cli import say, tool
-from tools.curate import recipe as recipes
-from tools.curate import report
-from tools.curate.audit import audit, describe
-from tools.curate.find import read_sources
-from tools.curate.page import write_page
-from tools.curate.rules import MODALITIES, Rules, read_rules
-from tools.curate.run import alone, curate, where
+NEEDED = [name for name in ("SimpleITK", "dcm2niix", "pebble", "pydicom") if importlib.util.find_spec(name) is None]
+if NEEDED:
+    print(
+        f"curate: {NEEDED[0]} is missing; `pip install -e '.[curate]'` brings all that it needs.", file=sys.stderr
+    )
+    sys.exit(2)
+
+from custom.errors import BadInput  # noqa: E402
+from tools._cli import say, tool  # noqa: E402
+from tools.curate import recipe as recipes  # noqa: E402
+from tools.curate import report  # noqa: E402
+from tools.curate.audit import audit, describe  # noqa: E402
+from tools.curate.find import read_sources  # noqa: E402
+from tools.curate.page import write_page  # noqa: E402
+from tools.curate.rules import MODALITIES, Rules, read_rules  # noqa: E402
+from tools.curate.run import alone, curate, where  # noqa: E402
 
 
 def curate_arguments(add: Callable) -> None:

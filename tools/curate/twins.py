@@ -8,7 +8,6 @@ enough of their descriptors match *and* the matches lie alike in both, shifted o
 
 import base64
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
