@@ -65,7 +65,7 @@ def convert_dicom(
     notes = ["lossy compression"] if record["lossy"] else []
     paths = list(dict.fromkeys(path for path, _ in files))
     for kept, copy in copies:
-        if not np.array_equal(_pixels(kept), _pixels(copy)):
+        if not np.array_equal(_read(kept)[1], _read(copy)[1]):
             raise Refused("one SOPInstanceUID on different images")
     if copies:
         notes.append(f"{len(copies)} further copies of its images")
@@ -96,8 +96,8 @@ def _dataset(path: str) -> pydicom.Dataset:
     return dataset
 
 
-def _pixels(path: str) -> np.ndarray:
-    """Return the stored pixel values, (frames, rows, columns)."""
+def _read(path: str) -> tuple[pydicom.Dataset, np.ndarray]:
+    """Return an image and its stored pixel values, (frames, rows, columns)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def _pixels(path: str) -> np.ndarray:
     except Exception as error:
         short = re.search(r"less than|too short|truncat|not enough|unexpected end|end of", str(error), re.IGNORECASE)
         raise Refused("truncated pixel data" if short else f"damaged pixel data: {type(error).__name__}") from error
-    return pixels[None] if pixels.ndim == 2 else pixels
+    return dataset, pixels[None] if pixels.ndim == 2 else pixels
 
 
 def _rescale(dataset: pydicom.Dataset, frame: int) -> tuple[float, float]:
@@ -137,7 +137,7 @@ def _stack(files: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray | N
     slices, scales, held, pixels, dataset = [], [], None, None, None
     for path, frame in files:
         if path != held:
-            held, pixels, dataset = path, _pixels(path), _dataset(path)
+            held, (dataset, pixels) = path, _read(path)
         if frame >= len(pixels):
             raise Refused("truncated pixel data")
         scales.append(_rescale(dataset, frame))
@@ -154,11 +154,11 @@ def _stack(files: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray | N
 
 def _mosaic(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Return voxels and affine (to RAS) of a Siemens mosaic, as nibabel reads it."""
-    _pixels(path)
+    dataset, _ = _read(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = dicomwrappers.wrapper_from_data(_dataset(path))
+            image = dicomwrappers.wrapper_from_data(dataset)
             return np.asarray(image.get_data()), LPS_TO_RAS @ image.affine
     except Exception as error:
         raise Refused(f"mosaic whose private header can't be read: {type(error).__name__}") from error
