@@ -157,10 +157,11 @@ def test_formats(tmp_path):
     assert main([str(out), f"ct={tmp_path / 'ct'}", "--workers", "1"]) == 0
     found = [row for row in rows(out) if row["id"]]
     assert len(found) == 8
-    assert sorted(row["status"] for row in found) == ["twin"] * 7 + ["used"]
-    assert sum(row["reason"].startswith("exact twin") for row in found) >= 6  # Analyze may lie mirrored
-    (made,) = (out / "volumes").iterdir()
-    assert np.array_equal(nibabel.as_closest_canonical(nibabel.load(made)).dataobj, values[::-1, ::-1])
+    # Analyze does not tell left from right, so that its volume is mirrored.
+    assert sum(row["reason"].startswith("exact twin") for row in found) == 6
+    for file in (out / "volumes").iterdir():
+        made = np.asanyarray(nibabel.as_closest_canonical(nibabel.load(file)).dataobj)
+        assert np.array_equal(made, values[::-1, ::-1]) or np.array_equal(made, values[::-1])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,8 @@ def test_a_patient_stays_on_one_side_across_sources(tmp_path):
     image(tmp_path / "luna" / "1.2.826.0.1.3680043.8.498.4711.99.nii.gz", seed=2)
     image(tmp_path / "bids" / "sub-01" / "ses-1" / "sub-01_ses-1_T1w.nii.gz", seed=3, ct=False)
     image(tmp_path / "bids" / "sub-01" / "ses-2" / "sub-01_ses-2_FLAIR.nii.gz", seed=4, ct=False)
-    image(tmp_path / "bids" / "sub-02" / "ses-1" / "sub-02_ses-1_T1w.nii.gz", seed=5, ct=False)
+    for number in (2, 3):
+        image(tmp_path / "bids" / f"sub-0{number}" / f"sub-0{number}_T1w.nii.gz", seed=5 + number, ct=False)
     out = tmp_path / "set"
     sources = [
         str(tmp_path / "dicom"),
@@ -247,13 +249,13 @@ def test_a_patient_stays_on_one_side_across_sources(tmp_path):
     ]
     assert main([str(out), *sources, "--workers", "1", "--rule", "validation_share=0.3"]) == 0
     used = [row for row in rows(out) if row["status"] == "used"]
-    assert len(used) == 6
+    assert len(used) == 7
     patients = {}
     for row in used:
         patients.setdefault(row["source"] in ("bids",), set()).add(row["patient"])
         assert row["patient"]
     assert len(patients[False]) == 1
-    assert len(patients[True]) == 2
+    assert len(patients[True]) == 3
     content = json.loads((out / "datalist.json").read_text())
     sides = {name: {entry["patient"] for entry in content[name]} for name in ("training", "validation")}
     assert not sides["training"] & sides["validation"]
