@@ -79,8 +79,8 @@ def page_of(out: Path, count: int) -> Path:
             id_, f"source{number % 3}", "used", modality=("ct", "t1", "flair")[number % 3], patient=f"p{number // 2}"
         )
         row.measures = {
-            "shape": [48 + number % 9, 48, 16], "spacing_mm": [3.0, 3.0, 3.0 + number % 4], "lowest": 0, "highest": 1300,
-            "notes": [],
+            "shape": [48 + number % 9, 48, 16], "spacing_mm": [3.0, 3.0, 3.0 + number % 4], "lowest": 0,
+            "highest": 1300, "notes": [],
         }  # fmt: skip
         if number % 10 == 9:
             row.status, row.twin_of = "twin", f"{number - 1:016x}"
@@ -122,7 +122,10 @@ def test_ten_thousand_volumes_are_quick(tmp_path, browser):
     browser.open(page)
     assert browser.run(COUNT) == "10001 of 10001 series"
     opened_s = time.monotonic() - start
-    click = 'const t = performance.now(); document.querySelector("[data-status=twin]").click(); return performance.now() - t'
+    click = (
+        'const t = performance.now(); document.querySelector("[data-status=twin]").click(); '
+        "return performance.now() - t"
+    )
     scroll = (
         'const v = document.getElementById("view"), t = performance.now(); v.scrollTop = v.scrollHeight; '
         "v.dispatchEvent(new Event('scroll')); draw(); return performance.now() - t"

@@ -169,7 +169,7 @@ def test_formats(tmp_path):
     [
         ("shear", "sheared axes"), ("forms", "qform and sform disagree"), ("none", "neither qform nor sform"),
         ("nan", "NaN or infinite voxels"), ("4d", "not a 3D volume: 4 dimensions"), ("short", "truncated or corrupted"),
-        ("complex", "voxel type: complex"), ("huge", "truncated or corrupted"), ("mask", "mask or label map, by its name"),
+        ("complex", "voxel type: complex"), ("huge", "truncated or corrupted"), ("mask", "label map, by its name"),
         ("mouse", "animal or specimen, by its name"), ("phantom", "phantom, by its name"), ("zero", "bad spacing"),
         ("mhd-far", "voxels in other folders"), ("mhd-gone", "the file of its voxels is missing"),
         ("nrrd-bare", "no spacing in its header"),
@@ -309,7 +309,9 @@ def test_two_runs_in_one_folder(tmp_path):
     from tools.curate.run import alone
 
     with alone(tmp_path / "set"):
-        code = "import sys; from pathlib import Path; from tools.curate.run import alone; alone(Path(sys.argv[1])).__enter__()"
+        code = (
+            "import sys; from pathlib import Path; from tools.curate.run import alone\nwith alone(Path(sys.argv[1])): 1"
+        )
         other = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / "set")], cwd=ROOT, capture_output=True, text=True
         )
