@@ -19,9 +19,7 @@ from pathlib import Path
 
 NEEDED = [name for name in ("SimpleITK", "dcm2niix", "pebble", "pydicom") if importlib.util.find_spec(name) is None]
 if NEEDED:
-    print(
-        f"curate: {NEEDED[0]} is missing; `pip install -e '.[curate]'` brings all that it needs.", file=sys.stderr
-    )
+    print(f"curate: {NEEDED[0]} is missing; `pip install -e '.[curate]'` brings all that it needs.", file=sys.stderr)
     sys.exit(2)
 
 from custom.errors import BadInput  # noqa: E402
@@ -112,7 +110,11 @@ def where_arguments(add: Callable) -> None:
 
 def run_where(options: argparse.Namespace) -> None:
     """Print the files of a series: the set itself holds no path."""
-    say("\n".join(where(Path(options.out), options.id, read_sources(options.source), Rules())))
+    out = Path(os.path.abspath(options.out))
+    if not (out / "state.sqlite").is_file():
+        raise BadInput(f"{out} is no set that `python -m tools.curate` made.")
+    with alone(out):
+        say("\n".join(where(out, options.id, read_sources(options.source), Rules())))
 
 
 COMMANDS = {

@@ -4,9 +4,11 @@ DICOM goes through dcm2niix; each voxel of what it writes is compared with what 
 say. Other formats are read by nibabel or SimpleITK. What is written has a new header: none of the old one's texts.
 """
 
+import errno
 import gzip
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -83,6 +85,8 @@ def convert_dicom(
                 if not last:
                     voxels = nibabel.orientations.apply_orientation(expected, turn)
                     return _without_padding(voxels, record, paths[0], notes), volume.affine, notes
+    if shutil.disk_usage(scratch).free < 2 * expected.nbytes:  # no fault of the series, which the next run tries again
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), scratch)
     raise Refused(last)
 
 

@@ -60,8 +60,7 @@ ContrastBolusAgent DiffusionBValue BurnedInAnnotation PatientSpeciesDescription 
 SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence ContrastBolusAgentSequence
 PatientName EchoPulseSequence
 """.split()  # noqa: SIM905
-PRIVATE = [0x0019100C, 0x0019100A, 0x00431039, 0x0051100B, 0x20011003]
-SIEMENS_B, SIEMENS_MOSAIC, GE_B, SIEMENS_SIZE, PHILIPS_B = PRIVATE
+SIEMENS_B, GE_B, PHILIPS_B = 0x0019100C, 0x00431039, 0x20011003  # b values before the standard had a place for them
 
 # SOP classes end in these numbers (1.2.840.10008.5.1.4.1.1.*); what is no volume of CT or MR is told by name.
 CLASSES = {"2": "CT", "2.1": "CT", "2.2": "CT", "4": "MR", "4.1": "MR", "4.4": "MR"}
@@ -240,7 +239,7 @@ def _kept(value: Any) -> list[str]:
 
 def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
     dataset = pydicom.dcmread(
-        found.path, force=True, stop_before_pixels=True, specific_tags=[*TAGS, *PRIVATE, 0x00041220]
+        found.path, force=True, stop_before_pixels=True, specific_tags=[*TAGS, SIEMENS_B, GE_B, PHILIPS_B, 0x00041220]
     )
     get = dataset.get
     if 0x00041220 in dataset or str(dataset.file_meta.get("MediaStorageSOPClassUID", "")) == "1.2.840.10008.1.3.10":
@@ -337,7 +336,8 @@ def _frame(dataset: Dataset, shared: Dataset, own: Dataset, index: int) -> dict[
     spacing = _numbers(one("PixelMeasuresSequence", "PixelSpacing"), 2)
     content = _first(own, "FrameContentSequence")
     b_values = [_first(own, "MRDiffusionSequence").get("DiffusionBValue"), dataset.get("DiffusionBValue")]
-    for tag in (SIEMENS_B, GE_B, PHILIPS_B):
+    # Other makers have other things at these places, but not in an echo-planar sequence.
+    for tag in (SIEMENS_B, GE_B, PHILIPS_B) if "EP" in _kept(dataset.get("ScanningSequence")) else ():
         with contextlib.suppress(Exception):
             value = dataset[tag].value if tag in dataset else None
             value = value if not isinstance(value, bytes) else None

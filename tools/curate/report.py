@@ -88,9 +88,7 @@ def summary(rows: list[Row]) -> str:
         for reason, count in kinds[status].most_common():
             lines.append(f"{status.capitalize()}, {reason}: {count}")
     size = sum(math.prod(row.measures["shape"]) for row in rows if row.status == "used" and row.measures)
-    lines.append(
-        f"{sum(row.status == 'used' for row in rows)} volumes are used, {size / 1e9:.3g} thousand million voxels."
-    )
+    lines.append(f"{sum(row.status == 'used' for row in rows)} volumes are used, {size / 1e9:.3g} billion voxels.")
     return "\n".join(lines)
 
 

@@ -227,8 +227,10 @@ def _make(state: State, held, paths: dict, out: Path, rules: Rules, workers: int
         for task, result in bar(
             parallel(make, tasks(), workers, rules.timeout_s), "making volumes", len(todo), "volume"
         ):
-            found = ({"reason": str(result)}, "", b"") if isinstance(result, Failed) else result
-            state.keep_volume(task.id, task.stamp, *found)
+            if isinstance(result, Failed):  # without a stamp, so that the next run tries again
+                state.keep_volume(task.id, "", {"reason": str(result)}, "", b"")
+            else:
+                state.keep_volume(task.id, task.stamp, *result)
     except OSError as error:
         raise BadInput(
             f"{out} can't be written ({error.strerror}); make room, then the same command goes on."
@@ -357,12 +359,9 @@ def where(out: Path, id_: str, sources: Sequence[Source], rules: Rules) -> list[
     Raises:
         BadInput: for an id that the set does not have.
     """
-    if not (out / "state.sqlite").is_file():
-        raise BadInput(f"{out} is no set that `python -m tools.curate` made.")
     pseudonyms, state = Pseudonyms(read_salt(out, None)), State(out / "state.sqlite")
     places = {}
     work = out / ".work"
-    work.mkdir(mode=0o700, exist_ok=True)
     try:
         for source in sources:
             for found in find(source, work, pseudonyms, rules):
