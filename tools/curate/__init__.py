@@ -1,0 +1,1 @@
+"""From an archive of DICOM and other files to a checked, deduplicated and split pre-training set."""
