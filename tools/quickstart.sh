@@ -7,7 +7,7 @@ set -euo pipefail
 
 data=quickstart/phantoms
 if [ ! -f $data/fetal.json ]; then
-    python -m tools.phantom $data --subjects 6 --shape 64
+    python -m tools.phantom $data --subjects 5 --shape 64
     python -m tools.datalist $data/all.json --validation 0.2 \
         ct=$data/ct/images t2=$data/fetal/images \
         "t1=$data/brain/images/*_t1.nii.gz" "t1ce=$data/brain/images/*_t1ce.nii.gz" \
@@ -15,22 +15,18 @@ if [ ! -f $data/fetal.json ]; then
     python -m tools.datalist $data/fetal.json t2=$data/fetal/images --labels images=labels --validation 0.2
 fi
 
-# run BUNDLE CONFIGS DATALIST OVERRIDES...
-run() {
-    python -W ignore -m monai.bundle run --config_file "$2" --bundle_root "bundles/$1" --datalist "$3" \
-        --output_dir "quickstart/$1" --ckpt_dir "quickstart/$1/models" \
-        --feature_size 12 --patch_size "[64,64,64]" --num_workers 0 "${@:4}"
-}
-# train_and_evaluate BUNDLE DATALIST OVERRIDES...
+# train_and_evaluate BUNDLE DATALIST OVERRIDES...: a training leaves a bundle, which evaluates itself.
 train_and_evaluate() {
-    local configs="bundles/$1/configs"
-    run "$1" "$configs/train.json" "${@:2}"
-    run "$1" "['$configs/train.json','$configs/evaluate.json']" "${@:2}"
+    local run="quickstart/$1"
+    python -W ignore -m monai.bundle run --config_file "bundles/$1/configs/train.json" --bundle_root "bundles/$1" \
+        --datalist "$2" --output_dir "$run" --feature_size 12 --patch_size "[64,32,32]" --num_workers 0 "${@:3}"
+    python -W ignore -m monai.bundle run --config_file "['$run/configs/train.json','$run/configs/evaluate.json']" \
+        --bundle_root "$run"
 }
-train_and_evaluate dae_pretraining $data/all.json --val_pictures 6 \
-    --max_iterations 120 --warmup_iterations 10 --learning_rate 0.004 --crops_per_volume 1 --val_interval 2 "$@"
-train_and_evaluate feta_mri_segmentation $data/fetal.json --pretrained quickstart/dae_pretraining/models/model.pt \
-    --max_epochs 15 --batch_size 1 --crops_per_volume 1 --learning_rate 0.004 --val_interval 5
+train_and_evaluate dae_pretraining $data/all.json --val_pictures 6 --overlap 0.25 \
+    --max_iterations 150 --warmup_iterations 10 --learning_rate 0.004 --val_interval 4 "$@"
+train_and_evaluate feta_mri_segmentation $data/fetal.json --pretrained quickstart/dae_pretraining --overlap 0.25 \
+    --max_epochs 30 --learning_rate 0.004 --val_interval 10 --loss#weight "[0.1,1,1,1,1,1,1,1]"
 
 cat <<END
 
