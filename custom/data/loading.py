@@ -104,7 +104,8 @@ class LoadScand(LoadImaged):
         if header is not None:
             # MONAI puts the qform, even one that does not count (code 0), in the place of a sform whose spacing differs
             # from `pixdim` by more than 1e-5.
-            image.affine = image.meta["original_affine"] = torch.as_tensor(header.get_best_affine())
+            image.affine = torch.as_tensor(header.get_best_affine())
+            image.meta["original_affine"] = header.get_best_affine()
             # What is saved needs it. MONAI changes the header's fields that it keeps, by its name, such as `pixdim`.
             image.meta["place"] = {name: header[name] for name in PLACE}
         return image
