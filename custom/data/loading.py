@@ -29,7 +29,7 @@ class LoadScand(LoadImaged):
 
     Shapes:
         a path becomes a (channels, D, H, W) float32 `MetaTensor`. An item without a "case" is given one, which the
-        volume's meta data have too: outputs are named by it.
+        volume's meta data have too: outputs are named by it, and placed by "place", see `PLACE`.
 
     Raises:
         BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
@@ -103,7 +103,9 @@ class LoadScand(LoadImaged):
             # MONAI puts the qform, even one that does not count (code 0), in the place of a sform whose spacing differs
             # from `pixdim` by more than 1e-5.
             image.affine = torch.as_tensor(header.get_best_affine())
-            image.meta |= {name: header[name] for name in PLACE}
+            image.meta["original_affine"] = header.get_best_affine()
+            # What is saved needs it. MONAI changes the header's fields that it keeps, by its name, such as `pixdim`.
+            image.meta["place"] = {name: header[name] for name in PLACE}
         return image
 
 

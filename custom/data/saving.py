@@ -8,7 +8,7 @@ import numpy as np
 from monai.config import PathLike
 from monai.data import ImageWriter, NibabelWriter
 
-from custom.data.nifti import PLACE, corner_distance_mm
+from custom.data.nifti import corner_distance_mm
 
 
 class PlaceWriter(NibabelWriter):
@@ -18,14 +18,15 @@ class PlaceWriter(NibabelWriter):
     the code 1, so that programs which take the other form put scan and label map apart. Nothing else is kept: a header
     may also hold what says who the patient is.
 
-    Args: see `NibabelWriter`; the scan's header is in the metadata of the `MetaTensor` to save, if it is NIfTI.
+    Args: see `NibabelWriter`; the fields of the header are "place" in the metadata, see `LoadScand`. Without them,
+        as of a scan that is not NIfTI, it does what `NibabelWriter` does.
     """
 
     def set_metadata(self, meta_dict: Mapping, resample: bool = True, **options) -> None:
         super().set_metadata(meta_dict, resample, **options)
-        self.header = nibabel.Nifti1Header() if PLACE[0] in meta_dict else None
-        for name in PLACE if self.header is not None else ():
-            self.header[name] = np.asarray(meta_dict[name])
+        self.header = nibabel.Nifti1Header() if "place" in meta_dict else None
+        for name, value in meta_dict.get("place", {}).items():
+            self.header[name] = np.asarray(value)
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
         if self.header is None:

@@ -180,7 +180,8 @@ def test_the_last_of_many_classes_keeps_its_id(classes, dtype, tmp_path):
 
 def test_what_is_not_on_the_scan_is_not_saved(tmp_path):
     image = nibabel.load(write(tmp_path / "a.nii", *HEADERS["both the same"]))
-    meta = {name: image.header[name] for name in PLACE} | {"affine": torch.as_tensor(image.affine) * 2}
+    place = {name: image.header[name] for name in PLACE}
+    meta = {"place": place, "affine": torch.as_tensor(image.affine) * 2}
     with pytest.raises(RuntimeError, match="is not on its scan"):
         SaveImage(tmp_path, writer=PlaceWriter, print_log=False)(MetaTensor(torch.zeros(1, *SHAPE), meta=meta))
 
