@@ -23,9 +23,11 @@ class PlaceWriter(NibabelWriter):
 
     def set_metadata(self, meta_dict: Mapping, resample: bool = True, **options) -> None:
         super().set_metadata(meta_dict, resample, **options)
-        self.header = nibabel.Nifti1Header() if PLACE[0] in meta_dict else None
-        for name in PLACE if self.header is not None else ():
-            self.header[name] = np.asarray(meta_dict[name])
+        self.header = None
+        if PLACE[0] in meta_dict:
+            self.header = header = nibabel.Nifti1Header()
+            for name in PLACE:
+                header[name] = np.asarray(meta_dict[name])
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
         if self.header is None:
