@@ -66,11 +66,11 @@ class Run(NamedTuple):
     """A fine-tuning: the pre-training that it starts from, how many labelled cases it has, its seed."""
 
     method: str
-    count: int
+    labelled: int
     seed: int
 
     def folder(self, out: Path) -> Path:
-        return out / "finetuning" / slug(self.method) / f"{self.count} labels" / f"seed {self.seed}"
+        return out / "finetuning" / slug(self.method) / f"{self.labelled} labels" / f"seed {self.seed}"
 
 
 class Result(NamedTuple):
@@ -127,10 +127,10 @@ def read_task(file: Path) -> dict[str, Any]:
             f"{file} asks for {max(task['counts'])} labelled cases, but there are {len(training)} to train on."
         )
     unlabelled = entries(task["pretraining"]["datalist"]) if "datalist" in task["pretraining"] else labelled
-    held_out = {os.path.realpath(entry["image"]) for entry in held_out}
+    held_out_files = {os.path.realpath(entry["image"]) for entry in held_out}
     task["finetuning"]["datalist"] = sections
     task["pretraining"]["datalist"] = {
-        "training": [entry for entry in unlabelled if os.path.realpath(entry["image"]) not in held_out],
+        "training": [entry for entry in unlabelled if os.path.realpath(entry["image"]) not in held_out_files],
         "validation": sections["validation"],
     }
     return task
@@ -160,14 +160,14 @@ def pretraining(task: dict, method: str, out: Path) -> tuple[Path, list[str]]:
         output_dir=folder,
         ckpt_dir=folder / "models",
         max_iterations=part["iterations"],
-        **{**LAST, **part["overrides"], **METHODS[method]},
+        **{**LAST, **part["overrides"], **(METHODS[method] or {})},
     )
 
 
 def finetuning(task: dict, run: Run, out: Path) -> tuple[Path, list[str]]:
     """Return folder and command of a fine-tuning; those of two methods differ in `pretrained` alone."""
     part, folder, cases = task["finetuning"], run.folder(out), len(task["finetuning"]["datalist"]["training"])
-    epochs = math.ceil(part["iterations"] / math.ceil(run.count / part["overrides"].get("batch_size", 1)))
+    epochs = math.ceil(part["iterations"] / math.ceil(run.labelled / part["overrides"].get("batch_size", 1)))
     interval = math.ceil(epochs / VALIDATIONS)
     weights = (
         {} if METHODS[run.method] is None else {"pretrained": pretraining(task, run.method, out)[0] / "models/model.pt"}
@@ -180,7 +180,7 @@ def finetuning(task: dict, run: Run, out: Path) -> tuple[Path, list[str]]:
         ckpt_dir=folder / "models",
         max_epochs=interval * math.ceil(epochs / interval),  # so that the last weights are validated, and kept
         val_interval=interval,
-        label_fraction=run.count / cases,
+        label_fraction=run.labelled / cases,
         seed=run.seed,
         **{"val_pictures": 0, **LAST, **part["overrides"]},
         **weights,
@@ -288,7 +288,7 @@ def table(found: Sequence[Result]) -> str:
     """Return a Markdown table of the mean Dice of each method and label count, and the paired tests."""
     cells = {(m, c): [r for r in found if r.run[:2] == (m, c)] for m, c, _ in (r.run for r in found)}
     methods = list(dict.fromkeys(result.run.method for result in found))
-    counts = sorted({result.run.count for result in found})
+    counts = sorted({result.run.labelled for result in found})
     means: list[list] = [["pre-training", *(f"{count} labels" for count in counts)]]
     for method in methods:
         row = [method]
@@ -314,7 +314,7 @@ def table(found: Sequence[Result]) -> str:
 def draw(found: Sequence[Result], out: Path) -> None:
     """Draw the Dice over the number of labels, and over the iterations of the fine-tunings."""
     methods = list(dict.fromkeys(result.run.method for result in found))
-    counts = sorted({result.run.count for result in found})
+    counts = sorted({result.run.labelled for result in found})
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for place, method in enumerate(methods):
@@ -348,7 +348,7 @@ def write(found: Sequence[Result], section: str, out: Path) -> str:
     """Write runs.csv, table.md and the pictures; return the table."""
     with (out / "runs.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*Run._fields, "section", "cases", "dice", "seconds", "folder"])
+        writer.writerow(["method", "count", "seed", "section", "cases", "dice", "seconds", "folder"])
         for result in found:
             dice = list(result.dice.values())
             folder = result.run.folder(out).relative_to(out)
@@ -390,9 +390,14 @@ def benchmark(options: argparse.Namespace) -> None:
             f"Ctrl-C stops, and the same command goes on."
         )
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
+
+    def work(job: list[tuple[Path, list[str]]]) -> None:
+        for folder, arguments in job:
+            finish(folder, arguments, threads)
+
     for part, jobs in left.items():
         with ThreadPoolExecutor(options.jobs) as pool:
-            done = pool.map(lambda job: [finish(*each, threads) for each in job], jobs)
+            done = pool.map(work, jobs)
             try:
                 list(tqdm(done, part, len(jobs), unit="run", disable=None))
             except BaseException:

@@ -188,7 +188,7 @@ def compare(networks: Sequence[SwinUNETR], images: Iterable[torch.Tensor], posit
             for side, features in zip(kept, pair, strict=True):
                 side.append(features[0].flatten(1)[:, places.to(features.device)].T.cpu())
     pairs = [[torch.cat(side) for side in kept] for kept in samples]
-    return [Row(name, *x.shape, y.shape[1], cka(x, y)) for name, (x, y) in zip(STAGES, pairs, strict=True)]
+    return [Row(name, len(x), x.shape[1], y.shape[1], cka(x, y)) for name, (x, y) in zip(STAGES, pairs, strict=True)]
 
 
 def table(rows: Iterable[Row]) -> str:

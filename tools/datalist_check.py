@@ -15,6 +15,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.imageglobals import LoggingOutputSuppressor
+from nibabel.spatialimages import HeaderDataError
 
 from custom.data.nifti import corner_distance_mm, fault_of_affine
 from custom.data.twins import VoxelDigest
@@ -72,12 +75,13 @@ def inspect_file(
     found: dict[str, Any] = {}
     where = ""
     try:
-        with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"):
+        with LoggingOutputSuppressor(), np.errstate(all="ignore"):
             affine = _check(os.fspath(path), headers_only, found, modality)
             if strict and found.get("values"):
                 raise Refusal(f"values: {found['values']}")
             if label:
-                where, its = f"label: {label}: ", {}
+                where = f"label: {label}: "
+                its: dict[str, Any] = {}
                 label_affine = _check(label, headers_only, its, None, is_label=True)
                 if its["shape"][:3] != found["shape"][:3]:
                     raise Refusal(f"shape {its['shape'][:3]} is not that of its scan, {found['shape'][:3]}")
@@ -120,7 +124,7 @@ def _check(
             raise Refusal("not a NIfTI file: its header has no n+1 or n+2 mark")
         try:
             image = nib.load(path)
-        except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
+        except (ImageFileError, HeaderDataError) as error:
             raise Refusal(f"bad header: {error}") from None
         if type(image) not in (nib.Nifti1Image, nib.Nifti2Image):  # surfaces (CIFTI) share the file name
             raise Refusal(f"not a 3D volume: {type(image).__name__}")

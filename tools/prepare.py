@@ -54,7 +54,7 @@ class Preparation(Dataset):
 
 def work_of(parser: ConfigParser) -> list[tuple[Stored, dict]]:
     """Return each case of a config's sections once, with the transforms that the store is for."""
-    work = {}
+    work: dict[tuple[Path, ...], tuple[Stored, dict]] = {}
     for section in SECTIONS:
         transforms = parser.get_parsed_content(f"{section}#preprocessing").transforms
         for stored in [transform for transform in transforms if isinstance(transform, Stored)]:

@@ -23,6 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -47,7 +48,7 @@ ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "val_interval", "tra
 # What train and inference each have for themselves, though by the same name.
 OWN = {"imports", "initialize", "run", "dataset_dir", "output_dir", "ckpt_dir"}
 # The smallest network and patch, for what holds at any size.
-SMALL = {"feature_size": 12, "patch_size": [64, 32, 32]}
+SMALL: dict[str, Any] = {"feature_size": 12, "patch_size": [64, 32, 32]}
 SUMS = "SHA256SUMS"
 
 
@@ -222,12 +223,15 @@ def check_agreement(folder: Path) -> None:
 
 def check_workflows(folder: Path) -> None:
     """Raise ValueError for a property that MONAI's workflows are asked for, and train or inference do not have."""
-    none = {"train#dataset#data": [{}], "validate#dataset#data": [{}], "cache_rate": 0}, {"dataset#data": [{}]}
-    for kind, data in zip(("train", "inference"), none, strict=True):
+    none: dict[str, dict[str, Any]] = {
+        "train": {"train#dataset#data": [{}], "validate#dataset#data": [{}], "cache_rate": 0},
+        "inference": {"dataset#data": [{}]},
+    }
+    for kind, data in none.items():
         config = folder / "configs" / f"{kind}.json"
         with tempfile.TemporaryDirectory() as scratch:
             paths = {"bundle_root": str(folder), "output_dir": scratch, "ckpt_dir": scratch}
-            unseeded = {"initialize": []}  # the seed would be that of the whole process
+            unseeded: dict[str, Any] = {"initialize": []}  # the seed would be that of the whole process
             small = {**SMALL, **data, **paths, **unseeded}
             workflow = ConfigWorkflow(str(config), workflow_type=kind, logging_file=False, **small)
             workflow.initialize()

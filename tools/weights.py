@@ -19,6 +19,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,8 +184,8 @@ def recognise(weights: Mapping[str, torch.Tensor]) -> Source:
 def network_for(source: Source, stock: bool) -> SwinUNETR:
     """Make the network that weights are for: of their size, and with their patch embedding unless `stock`."""
     feature_size, in_channels = source.stem.shape[:2]
-    size = {"feature_size": feature_size, "in_channels": in_channels, "out_channels": source.classes or 1}
-    return SwinUNETR(**size) if stock else PublishedSwinUNETR(**size, block_embedding=BLOCK in source.tensors)
+    network = SwinUNETR if stock else partial(PublishedSwinUNETR, block_embedding=BLOCK in source.tensors)
+    return network(in_channels=in_channels, out_channels=source.classes or 1, feature_size=feature_size)
 
 
 def convert(source: Source, network: SwinUNETR) -> tuple[dict[str, torch.Tensor], list[Row]]:
@@ -296,7 +297,7 @@ def run(options: argparse.Namespace) -> None:
     model, rows = convert(source, network_for(source, options.to == "stock"))
     unused = {row.source: checkpoint.weights[row.source] for row in rows if row.status == "unused"}
     names = {name: source.names[name] for name in model if name in source.names}
-    content = {"model": model, "origin": {"key": checkpoint.key, "names": names, "unused": unused}}
+    content: dict[str, Any] = {"model": model, "origin": {"key": checkpoint.key, "names": names, "unused": unused}}
     if options.to == "published":
         weights, key = checkpoint.weights, checkpoint.key
         if checkpoint.kept is None and source.kind == OTHER and UNCALLED[0] not in source.tensors:

@@ -7,23 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 CONTRASTS = (
-    "ct",
-    "t1",
-    "t1c",
-    "t1ce",
-    "t1gd",
-    "t1n",
-    "t1post",
-    "t1w",
-    "t2",
-    "t2f",
-    "t2w",
-    "t2star",
-    "flair",
-    "pd",
-    "pdw",
+    *("ct", "t1", "t1c", "t1ce", "t1gd", "t1n", "t1post", "t1w", "t2", "t2f", "t2w", "t2star", "flair", "pd", "pdw"),
+    *("dwi", "adc", "swi", "mra", "pet", "mprage", "bold"),
 )
-CONTRASTS += ("dwi", "adc", "swi", "mra", "pet", "mprage", "bold")
 # What tells a scan of a patient from another: BIDS entities, numbered words, words, dates.
 VISIT = re.compile(
     r"(?:^|(?<=[_\-. ]))(?:"
@@ -79,7 +65,7 @@ def output_names(files: Sequence[str]) -> list[str]:
         paths without suffix, all different for different files. Those of `patient1/t2.nii.gz` and `patient2/t2.nii.gz`
         keep their folder; `x.nii` beside `x.nii.gz` keeps its suffix.
     """
-    names = {}
+    names: dict[str, str] = {}
     same: dict[str, list[str]] = defaultdict(list)
     for file in dict.fromkeys(files):
         same[stem(file)].append(file)
@@ -97,8 +83,8 @@ def output_names(files: Sequence[str]) -> list[str]:
 def standard_patient(path: str) -> str:
     """Return the patient whom a path names in a way that leaves no doubt, such as `sub-01` of BIDS; "" for none."""
     path = SUFFIX.sub("", path.replace(os.sep, "/"))
-    if found := BIDS.search(path):
-        return "/".join(filter(None, (*_parents(PLACES.sub("", path[: found.start(1)])), found[1])))
+    if bids := BIDS.search(path):
+        return "/".join(filter(None, (*_parents(PLACES.sub("", path[: bids.start(1)])), bids[1])))
     found = [match for kind in (ARCHIVE, PERSON) if (match := kind.search(path)) and not COLLECTION.search(match[1])]
     if not found:
         return ""

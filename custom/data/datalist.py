@@ -80,7 +80,7 @@ def read_datalist(
     needed = ["image"] + ["modality"] * (modalities is not None) + ["label"] * labelled
     items, missing = [], []
     for where, entry in sides[section]:
-        item = {name: entry.get(name) for name in needed}
+        item: dict[str, Any] = {name: entry.get(name) for name in needed}
         check_entry(entry, needed, f"{datalist}: {where}")
         if modalities is not None:
             check_modality(entry["modality"], modalities, f"{datalist}: {entry['image']}")
@@ -188,14 +188,15 @@ def by_fold(sections: Mapping[str, Entries], fold: Any, datalist: str) -> tuple[
             warn_once(f'{datalist}: the {len(section)} entries of "{name}" have no "fold", so --fold leaves them out.')
         else:
             entries += section
+    folds = set()
     for where, entry in entries:
-        if number_of(entry["fold"]) is None:
+        if (number := number_of(entry["fold"])) is None:
             raise BadInput(f"{datalist}: {where} has the fold {entry['fold']!r}; it should be a whole number.")
-    folds = sorted({number_of(entry["fold"]) for _, entry in entries})
+        folds.add(number)
     if number_of(fold) not in folds:
         raise BadInput(
-            f"The data list {datalist} has the folds {folds}, not {fold}; give --fold one of them, or leave it out "
-            f'for the list\'s own "training" and "validation" (`python -m tools.datalist --folds 5` makes folds).'
+            f"The data list {datalist} has the folds {sorted(folds)}, not {fold}; give --fold one of them, or leave it "
+            f'out for the list\'s own "training" and "validation" (`python -m tools.datalist --folds 5` makes folds).'
         )
     entries.sort(key=lambda pair: pair[0].endswith('"validation"'))  # whichever section was asked for
     held_out = [number_of(entry["fold"]) == number_of(fold) for _, entry in entries]
@@ -243,8 +244,8 @@ def whose_are(entries: Sequence[dict], dataset_dir: str) -> list[tuple[str, bool
     if any(map(os.path.isabs, paths)):
         paths = [os.path.abspath(os.path.join(dataset_dir, path)) for path in paths]
         root = os.path.commonpath(list(map(os.path.dirname, paths)))
-        if found := BIDS.search(root):
-            root = root[: found.start(1)]
+        if bids := BIDS.search(root):
+            root = root[: bids.start(1)]
         paths = [os.path.relpath(path, root) for path in paths]
     found = patients(paths, [str(entry.get("modality")) for entry in entries])
     return [(patient, bool(standard_patient(path))) for patient, path in zip(found, paths, strict=True)]
@@ -284,7 +285,7 @@ def find_scans(
             images = [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
         if not images:
             raise BadInput(f"There is no .nii or .nii.gz file in the folder {folder}; name another with --dataset_dir.")
-    items = []
+    items: list[dict[str, Any]] = []
     for image in images:
         several = isinstance(image, list | tuple)
         paths = [os.path.abspath(path_of(path, "--dataset_dir")) for path in (image if several else [image])]
@@ -314,7 +315,7 @@ def case_name(item: Mapping[Hashable, Any]) -> str:
     return item["image"] if isinstance(item["image"], str) else item["image"][0]
 
 
-def check_modality(name: str, known: Sequence[str], where: str) -> None:
+def check_modality(name: str | None, known: Sequence[str], where: str) -> None:
     """Raise `BadInput` that says where, for a modality that is not known."""
     if name not in known:
         raise BadInput(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.config import KeysCollection
@@ -49,7 +50,7 @@ class LoadScand(LoadImaged):
         self._patch_size = patch_size  # private, because the volume does not depend on it: see `custom.data.store`
         self._modality, self._strict = modality, strict  # as little
 
-    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = {"case": case_name(data), **data}
         for key in self.keys:
             path = data[key] if isinstance(data[key], str) else " and ".join(map(str, data[key]))
@@ -131,7 +132,7 @@ class LoadLabeld(LoadScand):
         self.labels = labels
         self.image_key = image_key
 
-    def __call__(self, data: Mapping[Hashable, str]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = dict(data)
         image = data[self.image_key]
         for key in self.keys:
@@ -209,7 +210,7 @@ class ByModalityd(MapTransform):
         self.transforms = dict(transforms)
         self.modality_key = modality_key
 
-    def __call__(self, data: Mapping[Hashable, torch.Tensor]) -> dict[Hashable, torch.Tensor]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         output = dict(data)
         check_modality(output[self.modality_key], list(self.transforms), str(output.get("case", "A scan")))
         for key in self.key_iterator(output):

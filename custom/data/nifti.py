@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import nibabel
 import numpy as np
 from nibabel.openers import ImageOpener
+from nibabel.spatialimages import HeaderDataError
 
 from custom.data.cases import SUFFIX
 from custom.data.datalist import warn_once
@@ -87,7 +88,7 @@ def doubt_of_header(header: nibabel.Nifti1Header) -> str:
     sform = header.get_sform()
     try:
         distance_mm = corner_distance_mm(sform, header.get_qform(), header.get_data_shape()[:3])
-    except (ValueError, nibabel.spatialimages.HeaderDataError):  # no rotation
+    except (ValueError, HeaderDataError):  # no rotation
         distance_mm = np.inf
     if distance_mm <= PLACE_TOLERANCE * np.linalg.norm(sform[:3, :3], axis=0).min():
         return ""

@@ -24,9 +24,11 @@ class PlaceWriter(NibabelWriter):
 
     def set_metadata(self, meta_dict: Mapping, resample: bool = True, **options) -> None:
         super().set_metadata(meta_dict, resample, **options)
-        self.header = nibabel.Nifti1Header() if "place" in meta_dict else None
-        for name, value in meta_dict.get("place", {}).items():
-            self.header[name] = np.asarray(value)
+        self.header = None
+        if "place" in meta_dict:
+            self.header = header = nibabel.Nifti1Header()
+            for name, value in meta_dict["place"].items():
+                header[name] = np.asarray(value)
 
     def write(self, filename: PathLike, verbose: bool = False, **kwargs) -> None:
         if self.header is None:

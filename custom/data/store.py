@@ -48,12 +48,12 @@ class Stored(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.transforms = Compose(transforms)
-        self.store = store and Path(store)
+        self.store = Path(store) if store else None
         self.whole = ensure_tuple(whole)
         self.description = describe(self.transforms.transforms)
         if store and not has_blosc2:
             raise BadInput('A --store needs the package blosc2: `pip install "blosc2>=3.0"`.')
-        if store and not self.store.is_dir():
+        if self.store and not self.store.is_dir():
             raise BadInput(f"There is no folder {store}, which --store names; `python -m tools.prepare` makes it.")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -69,12 +69,14 @@ class Stored(MapTransform):
 
     def files(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Path]:
         """Return the file in the store of each volume of a case, whether it is there or not."""
+        if self.store is None:
+            raise ValueError("Without a store a volume has no file in it.")
         case = case_name(data)
         name = Path(case).name.removesuffix(".gz").removesuffix(".nii")[:80]
         version = digest([case, self.origin(data), self.description])
         return {key: self.store / f"{name}-{digest(case)[:8]}-{version[:16]}-{key}.b2nd" for key in self.keys}
 
-    def origin(self, data: Mapping[Hashable, Any]) -> dict[str, Any]:
+    def origin(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return what the data list says of a case, such as its modality, and what its files tell: for `json`."""
         said = {name: value for name, value in data.items() if name not in self.keys}
         return {**said, "sources": sources(data, self.keys)}
@@ -99,7 +101,7 @@ class Stored(MapTransform):
     def others(self, file: Path) -> list[Path]:
         """Return the files of the same volume in another version."""
         name, case, _, key = file.name.rsplit("-", 3)
-        return [other for other in self.store.glob(f"{glob.escape(name)}-{case}-*-{key}") if other != file]
+        return [other for other in file.parent.glob(f"{glob.escape(name)}-{case}-*-{key}") if other != file]
 
     def complaint(self, data: Mapping[Hashable, Any], file: Path) -> str:
         mend = "run `python -m tools.prepare` as for this store, with this run's settings; it does what is missing."

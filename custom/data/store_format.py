@@ -140,9 +140,8 @@ def write(file: Path, volume: torch.Tensor, about: Mapping[str, Any]) -> None:
             stored = blosc2.asarray(codes, urlpath=str(part), mode="w", contiguous=True, cparams=settings, **sides)
             chunks = stored.schunk
             checksums = np.array([checksum(chunks.get_chunk(number)) for number in range(chunks.nchunks)], np.uint32)
-            notes = {"values": values, "checksums": checksums, "about": json.dumps(about).encode()}
+            notes = {"values": values.tobytes(), "checksums": checksums.tobytes(), "about": json.dumps(about).encode()}
             for name, content in notes.items():
-                content = bytes(content)
                 chunks.vlmeta[name] = zlib.crc32(content).to_bytes(4, "little") + content
             del stored, chunks
     except RuntimeError as error:  # what blosc2 says of a disk

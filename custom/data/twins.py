@@ -29,7 +29,8 @@ def twins(files: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
             groups[os.path.realpath(name)][side].append(name)
     pairs = [(a, b) for one in groups.values() for a in one[0] for b in one[1]]
     paired = {name for pair in pairs for name in pair}
-    alike = [tuple([name for name in dict.fromkeys(names) if name not in paired] for names in (files, others))]
+    mine, theirs = ([name for name in dict.fromkeys(names) if name not in paired] for names in (files, others))
+    alike = [(mine, theirs)]
     with ThreadPoolExecutor(THREADS) as pool:
         for count in ROUNDS:
             alike = [one for group in alike if all(group) for one in _parted(group, count, pool)]
@@ -79,7 +80,7 @@ class VoxelDigest:
         self.hash = hashlib.blake2b(repr(shape).encode(), digest_size=16)
 
     def add(self, slab: np.ndarray) -> None:
-        self.hash.update(np.ascontiguousarray(slab, "<f4"))
+        self.hash.update(np.ascontiguousarray(slab, "<f4").data)
 
     def text(self) -> str:
         return self.hash.hexdigest()

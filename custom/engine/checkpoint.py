@@ -108,6 +108,8 @@ class CheckedCheckpointLoader(CheckpointLoader):
         BadInput: for a checkpoint that is missing, damaged, of another network or of another training.
     """
 
+    load_path: str
+
     def __call__(self, engine: Engine) -> None:
         self.load_path = weights_file(self.load_path)
         if not os.path.isfile(self.load_path):

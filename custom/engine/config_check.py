@@ -38,7 +38,7 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
         keep_freed_memory()
         # Else threads add the gradient of the relative positions in the order in which they come.
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at import
     workflow = running_workflow()
     if workflow is not None:
         check_paths(workflow.parser.config)
@@ -123,7 +123,7 @@ def check_ids(config: dict[str, Any], declared: set[str]) -> None:
     for path, value in walk(config):
         target = value.get("_target_") if isinstance(value, dict) else None
         if isinstance(target, str) and not target.startswith(("$", "@")):
-            component = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
+            component: Any = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
             if component is None:
                 raise BadInput(f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?")
             accepted = arguments_of(component)

@@ -91,7 +91,8 @@ class RunState:
             self.load(engine)
         if self.summary_writer is not None:
             again = Event(session_log=SessionLog(status=SessionLog.START))
-            self.summary_writer.file_writer.add_event(again, engine.state.iteration + 1)
+            writer: Any = self.summary_writer.file_writer  # torch declares that it is None
+            writer.add_event(again, engine.state.iteration + 1)
         self.listening = {}
         if threading.current_thread() is threading.main_thread():
             self.listening = {

@@ -107,7 +107,7 @@ def overrides(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
     A dictionary is compared id by id, unless it lacks some that the base has.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in config.items():
         known = base.get(name)
         if name == "_meta_" or (name in base and value == known):

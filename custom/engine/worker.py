@@ -13,10 +13,10 @@ def listen_to_trainer_alone(worker: int) -> None:
     iteration after which the trainer saves. (On macOS, which can't tell who sent a signal, SIGTERM does.)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    trainer = multiprocessing.parent_process()  # not the parent, which may be a fork server
+    if trainer and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        trainer = multiprocessing.parent_process().pid  # not the parent's, which may be a fork server
-        threading.Thread(target=_end_when_told_by, args=(trainer,), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(trainer.pid,), daemon=True).start()
 
 
 def _end_when_told_by(process: int) -> None:

@@ -9,14 +9,14 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.handlers import IgniteMetricHandler, write_metrics_reports
-from monai.metrics import HausdorffDistanceMetric, SurfaceDistanceMetric
+from monai.metrics import CumulativeIterationMetric, HausdorffDistanceMetric, SurfaceDistanceMetric
 from monai.networks import one_hot
 from monai.utils import string_list_all_gather
 
 from custom.text import markdown_table
 
 
-class _LabelMapMetric:
+class _LabelMapMetric(CumulativeIterationMetric):
     """Let a distance metric take label maps (1, D, H, W), and give millimetres by the spacing of the true one."""
 
     def __init__(self, num_classes: int, **kwargs) -> None:

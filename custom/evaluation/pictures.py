@@ -159,6 +159,6 @@ class SegmentationPictures(Pictures):
 
     def figure(self, item: Mapping[str, Any], output: Mapping[str, torch.Tensor]) -> Figure:
         image = output["image"][:1]  # of several channels the first
-        maps = {"label": output.get("label"), "segmentation": output["pred"]}
-        maps = {name: label_map for name, label_map in maps.items() if label_map is not None}
+        known = {"label": output.get("label"), "segmentation": output["pred"]}
+        maps = {name: label_map for name, label_map in known.items() if label_map is not None}
         return draw(dict.fromkeys(["scan", *maps], image), maps, self.labels, title=Path(item["case"]).name)

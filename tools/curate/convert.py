@@ -6,6 +6,8 @@ say. Other formats are read by nibabel or SimpleITK. What is written has a new h
 
 import errno
 import gzip
+import itertools
+import operator
 import os
 import re
 import shutil
@@ -20,6 +22,7 @@ import nibabel
 import numpy as np
 import pydicom
 import SimpleITK
+from nibabel.imageglobals import LoggingOutputSuppressor
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from custom.data.nifti import corner_distance_mm, fault_of_affine
@@ -138,14 +141,14 @@ def _stack(files: Sequence[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray | N
 
     Rescaled ones are int32 where all are whole, else float32.
     """
-    slices, scales, held, pixels, dataset = [], [], None, None, None
-    for path, frame in files:
-        if path != held:
-            held, (dataset, pixels) = path, _read(path)
-        if frame >= len(pixels):
-            raise Refused("truncated pixel data")
-        scales.append(_rescale(dataset, frame))
-        slices.append(pixels[frame].T)
+    slices, scales = [], []
+    for path, frames in itertools.groupby(files, operator.itemgetter(0)):
+        dataset, pixels = _read(path)
+        for _, frame in frames:
+            if frame >= len(pixels):
+                raise Refused("truncated pixel data")
+            scales.append(_rescale(dataset, frame))
+            slices.append(pixels[frame].T)
     if len({part.shape for part in slices}) > 1:
         raise Refused("images of several sizes in one series")
     whole = all(slope == 1 and intercept == int(intercept) for slope, intercept in scales)
@@ -228,14 +231,13 @@ def _difference(
     Returns:
         How it differs, "" if it does not, and the orientation transform from the expected axes to the volume's.
     """
-    shape = np.array(volume.shape)
     turn = nibabel.orientations.ornt_transform(nibabel.io_orientation(affine), nibabel.io_orientation(volume.affine))
     turned = nibabel.orientations.apply_orientation(expected, turn)
     if turned.shape != volume.shape:
-        shapes = ("x".join(map(str, one)) for one in (shape, expected.shape))
+        shapes = ("x".join(map(str, one)) for one in (volume.shape, expected.shape))
         return "the converter's volume has {} voxels, the images {}".format(*shapes), turn
     moved = affine @ nibabel.orientations.inv_ornt_aff(turn, expected.shape)
-    apart_mm = corner_distance_mm(moved, volume.affine, shape)
+    apart_mm = corner_distance_mm(moved, volume.affine, volume.shape)
     if not apart_mm < 0.05 + 0.1 * np.linalg.norm(affine[:3, :3], axis=0).min():
         return f"the converter puts a corner {apart_mm:.3g} mm from where the headers do", turn
     voxels = np.asanyarray(volume.dataobj)
@@ -271,7 +273,7 @@ def convert_image(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.nd
         Refused: for what is no single 3D volume of one number a voxel, or does not say where its voxels lie.
     """
     try:
-        with warnings.catch_warnings(), nibabel.imageglobals.LoggingOutputSuppressor():
+        with warnings.catch_warnings(), LoggingOutputSuppressor():
             warnings.simplefilter("ignore")
             voxels, affine, notes = _itk(path, rules) if kind == "itk" else _nibabel(path, kind, rules)
     except Refused:
@@ -338,7 +340,7 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
         if qform[1] and sform[1]:
             lengths = [np.linalg.norm(form[0][:3, :3], axis=0) for form in (qform, sform)]
             axes = [nibabel.aff2axcodes(form[0]) for form in (qform, sform)]
-            if axes[0] != axes[1] or not np.allclose(*lengths, rtol=0.02):
+            if axes[0] != axes[1] or not np.allclose(lengths[0], lengths[1], rtol=0.02):
                 raise Refused("qform and sform disagree on axes or spacing")
         unit = int(header["xyzt_units"]) & 7
         if unit in (1, 3):  # metres, micrometres

@@ -23,12 +23,16 @@ from tools.curate.privacy import Pseudonyms
 from tools.curate.rules import MODALITIES, Rules
 
 # Suffixes that say how to read a file; others tell nothing and are dropped in the working folder.
-SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img", ".mhd", ".mha", ".zraw", ".raw", ".nrrd", ".nhdr")
-SUFFIXES += (".mgz", ".mgh", ".dcm", ".gz", ".zip", ".tar", ".tgz")
+SUFFIXES = (
+    *(".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img", ".mhd", ".mha", ".zraw", ".raw", ".nrrd", ".nhdr"),
+    *(".mgz", ".mgh", ".dcm", ".gz", ".zip", ".tar", ".tgz"),
+)
 ARCHIVE_DEPTH = 3  # archives in archives
 POINTER = re.compile(rb"^(ElementDataFile\s*=\s*|data ?file:\s*)(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
-DAMAGE = (OSError, EOFError, RuntimeError, NotImplementedError, ValueError, zlib.error, lzma.LZMAError)
-DAMAGE += (zipfile.BadZipFile, tarfile.TarError)
+DAMAGE = (
+    *(OSError, EOFError, RuntimeError, NotImplementedError, ValueError),
+    *(zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError),
+)
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,9 @@ def _archive_kind(path: str) -> str:
 
 def _unpack(path: str, kind: str, folder: Path, packed: int, pseudonyms: Pseudonyms, rules: Rules) -> list[str]:
     """Unpack an archive under hashed names; return why members were refused. The names' meaning is in "names"."""
-    files, refused, names = folder / "files", [], []
+    files = folder / "files"
+    refused: list[str] = []
+    names: list[str] = []
     files.mkdir()
     most = min(packed * rules.max_unpacking, shutil.disk_usage(folder).free * 0.9) + 64e6
     total = 0
@@ -256,10 +262,10 @@ def _members(path: str, kind: str, refused: list[str]):
                     )
     elif kind == "tar":
         with tarfile.open(path) as archive:
-            for info in archive:
-                if info.isreg():
-                    yield info.name, archive.extractfile(info)
-                elif not info.isdir():
+            for member in archive:
+                if member.isreg():
+                    yield member.name, archive.extractfile(member)
+                elif not member.isdir():
                     refused.append("a link or device in an archive")
     else:
         with gzip.open(path) as stream:

@@ -13,9 +13,10 @@ import warnings
 import zlib
 from typing import Any
 
-import nibabel
 import pydicom
+from nibabel.imageglobals import LoggingOutputSuppressor
 from pydicom.dataset import Dataset
+from pydicom.tag import Tag
 
 from tools.curate.find import Found
 from tools.curate.privacy import Pseudonyms
@@ -61,6 +62,7 @@ SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSe
 PatientName EchoPulseSequence
 """.split()  # noqa: SIM905
 SIEMENS_B, GE_B, PHILIPS_B = 0x0019100C, 0x00431039, 0x20011003  # b values before the standard had a place for them
+READ = [*map(Tag, TAGS), *map(Tag, (SIEMENS_B, GE_B, PHILIPS_B, 0x00041220))]
 
 # SOP classes end in these numbers (1.2.840.10008.5.1.4.1.1.*); what is no volume of CT or MR is told by name.
 CLASSES = {"2": "CT", "2.1": "CT", "2.2": "CT", "4": "MR", "4.1": "MR", "4.4": "MR"}
@@ -95,7 +97,7 @@ def read_record(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
         another file), "other" (no image) or "refused" (with a "reason").
     """
     try:
-        with warnings.catch_warnings(), nibabel.imageglobals.LoggingOutputSuppressor():
+        with warnings.catch_warnings(), LoggingOutputSuppressor():
             warnings.simplefilter("ignore")
             return _record(found, pseudonyms)
     except PermissionError:
@@ -238,9 +240,7 @@ def _kept(value: Any) -> list[str]:
 
 
 def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
-    dataset = pydicom.dcmread(
-        found.path, force=True, stop_before_pixels=True, specific_tags=[*TAGS, SIEMENS_B, GE_B, PHILIPS_B, 0x00041220]
-    )
+    dataset = pydicom.dcmread(found.path, force=True, stop_before_pixels=True, specific_tags=READ)
     get = dataset.get
     if 0x00041220 in dataset or str(dataset.file_meta.get("MediaStorageSOPClassUID", "")) == "1.2.840.10008.1.3.10":
         return {"kind": "other", "suffix": "DICOMDIR"}

@@ -21,8 +21,7 @@ def decide(record: dict[str, Any], given: str = "") -> tuple[str, float, str]:
     """
     if record["kind"] == "dicom":
         if record["modality"] == "CT":
-            other = {"perfusion"} & set(record["words"])
-            return ("", 1.0, "CT perfusion") if other else ("ct", 1.0, "DICOM")
+            return ("", 1.0, "CT perfusion") if "perfusion" in record["words"] else ("ct", 1.0, "DICOM")
         return _mr(record)
     if given:
         return given, GIVEN, "given"

@@ -20,9 +20,10 @@ def write_page(rows: list[Row], out: Path) -> Path:
         out: the set, whose state has the pictures.
     """
     state = State(out / "state.sqlite")
-    pictures, entries = [], []
+    pictures: list[str] = []
+    entries = []
     for row in sorted(rows, key=lambda row: (ORDER.index(row.status), row.source, row.modality, row.reason, row.id)):
-        measures = row.measures or {}
+        measures = row.measures
         entry = {
             "id": row.id, "source": row.source, "status": row.status, "reason": row.reason, "modality": row.modality,
             "told": row.told_by, "patient": row.patient, "split": row.split, "images": row.images,

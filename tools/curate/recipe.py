@@ -10,7 +10,7 @@ A recipe is a JSON file:
 """
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,15 +49,18 @@ def read_recipe(file: str, root: str) -> Recipe:
         BadInput: for what is no recipe.
     """
     content = read_json(file)
-    sources, volumes, sizes = [], {}, {}
+    sources: list[Source] = []
+    volumes: dict[str, dict[str, int]] = {}
+    sizes: dict[str, float] = {}
     for number, entry in enumerate(content.get("sources") or [{}]):
         entry = entry if isinstance(entry, dict) else {}
         name, path, expected = entry.get("name"), entry.get("path"), entry.get("volumes")
-        known = isinstance(expected, dict) and all(
-            key in MODALITIES and isinstance(count, int) for key, count in expected.items()
-        )
         if not (
-            isinstance(name, str) and isinstance(path, str) and known and entry.get("modality", "ct") in MODALITIES
+            isinstance(name, str)
+            and isinstance(path, str)
+            and isinstance(expected, dict)
+            and all(key in MODALITIES and isinstance(count, int) for key, count in expected.items())
+            and entry.get("modality", "ct") in MODALITIES
         ):
             raise BadInput(
                 f'{file}: source {number} needs "name", "path" and "volumes", such as {{"ct": 888}}; a "modality" is '
@@ -79,12 +82,13 @@ def plan(recipe: Recipe, out: Path, workers: int) -> str:
         workers: processes.
     """
     table: list[Sequence[Any]] = [("source", "there", "volumes", "archive GB", "set GB", "hours")]
-    total = Counter[str]()
+    total: dict[str, float] = defaultdict(int)  # volumes stay whole
     for source in recipe.sources:
         archive = recipe.archive_gb[source.name]
         volumes = sum(recipe.volumes[source.name].values())
         set_gb, hours = archive * VOLUME_SHARE, archive * 1e3 / MB_A_SECOND / workers / 3600
-        total.update(volumes=volumes, archive=archive, set_gb=set_gb, hours=hours)
+        for key, value in {"volumes": volumes, "archive": archive, "set_gb": set_gb, "hours": hours}.items():
+            total[key] += value
         there = "yes" if Path(source.path).exists() else "no"
         table.append((source.name, there, volumes, f"{archive:.0f}", f"{set_gb:.0f}", f"{hours:.1f}"))
     table.append(

@@ -13,19 +13,9 @@ from tools.curate.rules import MODALITIES
 from tools.curate.run import Row
 
 COLUMNS = (
-    "id",
-    "status",
-    "reason",
-    "modality",
-    "confidence",
-    "told_by",
-    "source",
-    "patient",
-    "split",
-    "format",
-    "images",
+    *("id", "status", "reason", "modality", "confidence", "told_by", "source", "patient", "split", "format", "images"),
+    *("shape", "spacing_mm", "lowest", "highest", "twin_of", "notes"),
 )
-COLUMNS += ("shape", "spacing_mm", "lowest", "highest", "twin_of", "notes")
 NEXT = (
     "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1} --dataset_dir {2}"
 )
@@ -51,7 +41,7 @@ def write_table(rows: list[Row], out: Path) -> Path:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in sorted(rows, key=lambda row: (row.source, row.status, row.reason, row.id)):
-        measures = row.measures or {}
+        measures = row.measures
         cells = {
             **vars(row),
             "confidence": f"{row.confidence:.2f}" if row.told_by else "",
@@ -85,8 +75,8 @@ def summary(rows: list[Row]) -> str:
         if row.reason and row.status != "twin":
             kinds[row.status][row.reason.partition(":")[0]] += row.images if not row.id else 1
     for status in ("uncertain", "left out", "refused", "no image"):
-        for reason, count in kinds[status].most_common():
-            lines.append(f"{status.capitalize()}, {reason}: {count}")
+        for reason, times in kinds[status].most_common():
+            lines.append(f"{status.capitalize()}, {reason}: {times}")
     size = sum(math.prod(row.measures["shape"]) for row in rows if row.status == "used" and row.measures)
     lines.append(f"{sum(row.status == 'used' for row in rows)} volumes are used, {size / 1e9:.3g} billion voxels.")
     return "\n".join(lines)

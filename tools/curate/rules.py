@@ -85,7 +85,7 @@ def read_rules(file: str | None, settings: Sequence[str]) -> Rules:
 
 def check_rules(values: dict, where: str) -> Rules:
     """Return rules with some values set; raise `BadInput`, which says where, for an unknown name or no number."""
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Rules)}
+    kinds = {name: type(value) for name, value in dataclasses.asdict(Rules()).items()}
     for name, value in values.items():
         if name not in kinds:
             others = did_you_mean(name, kinds) or f"; known are {', '.join(kinds)}."

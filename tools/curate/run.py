@@ -7,7 +7,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Row:
     format: str = ""
     images: int = 1
     twin_of: str = ""
-    measures: dict[str, Any] | None = None
+    measures: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -286,9 +286,9 @@ def _twins(rows: list[Row], prints: dict[str, twins.Fingerprint], rules: Rules) 
     own = {row.id: row for row in rows if row.id in prints}
     first: dict[str, str] = {}  # volume that stands for those with the same voxels, by their digest
     pairs = []
-    for id_, one in prints.items():
-        if first.setdefault(one.digest, id_) != id_:
-            pairs.append((first[one.digest], id_))
+    for id_, fingerprint in prints.items():
+        if first.setdefault(fingerprint.digest, id_) != id_:
+            pairs.append((first[fingerprint.digest], id_))
     digests = list(first)
     near: dict[str, set[str]] = defaultdict(set)
     for one, two, _ in twins.near_twins([prints[first[digest]] for digest in digests], rules):

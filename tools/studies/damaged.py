@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Compose, Orientationd, Spacingd
+from nibabel.imageglobals import LoggingOutputSuppressor
 from tqdm import tqdm
 
 from custom.data.loading import LoadScand
@@ -169,14 +170,14 @@ def outcome(path: Path) -> tuple[str, str]:
     """
     load = Compose([LoadScand("image"), Orientationd("image", "RAS", labels=None), Spacingd("image", (2, 2, 2))])
     message = ""
-    with nib.imageglobals.LoggingOutputSuppressor(), np.errstate(all="ignore"), warnings.catch_warnings():
+    with LoggingOutputSuppressor(), np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             load({"image": str(path)})
         except Exception as error:
-            message = user_message(error)
-            if message is None:
+            if (told := user_message(error)) is None:
                 raise RuntimeError(f"{path} leads to an error without a sentence: {error!r}") from None
+            message = told
     return message, inspect_file(path).reason
 
 

@@ -102,7 +102,7 @@ def wait(until: Callable[[], Any], process: subprocess.Popen) -> bool:
         if process.poll() is not None:
             return False
         if time.monotonic() > end:
-            raise RuntimeError(f"Nothing happens for {SECONDS} s: {' '.join(process.args)}")
+            raise RuntimeError(f"Nothing happens for {SECONDS} s: {process.args!r}")
         time.sleep(0.001)
     return True
 

@@ -18,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -78,7 +79,8 @@ def show_channels(axes: Axes, embedding: torch.Tensor) -> None:
         x, y = number % columns, rows - 1 - number // columns
         box = (x + frame, x + 1 - frame, y + frame, y + 1 - frame)
         if channel.any():
-            show(axes, channel, *torch.quantile(channel, torch.tensor([0.02, 0.98])).tolist(), box)
+            low, high = torch.quantile(channel, torch.tensor([0.02, 0.98])).tolist()
+            show(axes, channel, low, high, box)
         else:
             axes.fill(*zip(*((box[i], box[j]) for i, j in ((0, 2), (1, 2), (1, 3), (0, 3))), strict=True), color=PALE)
             axes.plot(box[:2], box[2:], box[:2], box[:1:-1], color="white", linewidth=2)
@@ -96,7 +98,7 @@ def draw(scan: torch.Tensor, disrupted: torch.Tensor, restored: torch.Tensor, em
     show_channels(panel(figure, 2, "2  Mask", "what the Swin blocks see", second), embedding[..., SLICE // 2])
     show(panel(figure, 3, "3  Restore", "what the decoder gives", ""), restored[..., SLICE], low, high)
 
-    def arrow(start: tuple[float, float], end: tuple[float, float], **style: object) -> None:
+    def arrow(start: tuple[float, float], end: tuple[float, float], **style: Any) -> None:
         points = [(x / WIDTH, y / HEIGHT) for x, y in (start, end)]
         figure.add_artist(FancyArrowPatch(*points, transform=figure.transFigure, mutation_scale=16, **style))
 

@@ -237,7 +237,8 @@ def forget(folder: Path) -> None:
 
 def take(batches: Iterator, most: int, before: Callable[[], Any] = lambda: None) -> list[dict[str, float]]:
     """Measure one batch after the other, until there are most of them or `PATIENCE` is over."""
-    found, start = [], time.perf_counter()
+    found: list[dict[str, float]] = []
+    start = time.perf_counter()
     while len(found) < most and time.perf_counter() - start < PATIENCE:
         before()
         found.append(seconds(lambda: next(batches)))
@@ -258,7 +259,8 @@ def waiting(name: str, settings: dict[str, Any], folder: Path) -> dict[str, floa
     store = str(folder / "store") if name == "store" else None
     overrides = {"num_workers": 2, "crops_per_volume": settings["crops"], "max_epochs": 1, "val_interval": 2}
     workflow = training(settings, folder, cache_rate=float(name == "store"), store=store, **overrides)
-    trainer, spent = workflow.parser.get_parsed_content("train#trainer"), {"batch": [], "step": []}
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    spent: dict[str, list[float]] = {"batch": [], "step": []}
     since = [0.0]
 
     def lap(kind: str) -> None:

@@ -12,7 +12,7 @@ from tests.tools.curate.series import body
 from tools.curate.__main__ import main
 from tools.curate.audit import audit
 from tools.curate.rules import Rules
-from tools.curate.twins import Fingerprint, fingerprint, joined, near_twins
+from tools.curate.twins import LENGTH, Fingerprint, fingerprint, joined, near_twins
 
 SCANS = (
     "ct/images/torso_3mm",
@@ -103,6 +103,14 @@ def test_any_volume_has_a_fingerprint(shape, value):
     voxels = np.zeros(shape) if value == "constant" else np.random.default_rng(0).normal(size=shape)
     one = fingerprint(voxels, np.diag([3.0, 3, 3, 1]))
     assert near_twins([one, one], RULES) in ([], [(0, 1, len(one.descriptors))])
+
+
+def test_volumes_whose_landmarks_are_unlike_are_no_twins():
+    descriptors = np.eye(LENGTH, dtype=np.float32)
+    places = np.zeros((30, 3), np.float32)
+    one, two = (Fingerprint(str(start), places, descriptors[start : start + 30]) for start in (0, 30))
+    assert near_twins([one, two], RULES) == []
+    assert near_twins([one], RULES, [two]) == []
 
 
 def write_list(folder: Path, entries: list[tuple[str, np.ndarray, np.ndarray, str]]) -> Path:
