@@ -220,7 +220,7 @@ def test_fold_and_share_of_labels_are_ids_and_a_run_is_resumed(labelled_lists, t
     run(FETA, "train", max_epochs=1, **arguments, **folders(tmp_path))
     done = run(FETA, "train", max_epochs=2, **arguments, **folders(tmp_path))
     assert f"Resuming from {tmp_path}/checkpoint_iteration=1.pt" in done.stdout
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["images_fetal_000.png"]  # that of fold 0
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["fetal_000.png"]  # that of fold 0
 
 
 def test_cases_may_be_given_without_a_list_and_none_to_validate(labelled_lists, tmp_path):
