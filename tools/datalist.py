@@ -91,7 +91,7 @@ def _known(name: object, modalities: Iterable[str], where: str) -> str:
     known = list(modalities)
     if name in known:
         return str(name)
-    hint = did_you_mean(name, known)
+    hint = did_you_mean(name, known) or "."
     raise BadInput(f"{where}: unknown modality '{name}'{hint} Known are {', '.join(known)}, or use --modalities.")
 
 
@@ -415,7 +415,7 @@ def build(options: argparse.Namespace) -> None:
 
     lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
     for scan in sorted(accepted, key=lambda scan: name(scan.path)):
-        entry: dict[str, str | int] = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
+        entry = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
         entry |= {"patient": keys[scan], "fold": folds.get(keys[scan], "")}
         lists[sides[scan]].append({key: value for key, value in entry.items() if value != ""})
     bare = sum(not scan.label for scan in accepted)
@@ -440,6 +440,8 @@ def build(options: argparse.Namespace) -> None:
     write_json(out, {"name": out.stem, "description": about, "seed": options.seed, **lists})
     if 0 < bare < len(accepted):
         say(f"Note: {bare} of {len(accepted)} scans have no label, so this is no list for segmentation.")
+    if share and not lists["validation"]:
+        say("Note: nothing is held out, as there is one patient of each kind.")
     labels = sum("label" in Path(scan.place).parent.as_posix().lower() for scan in scans)
     if labels:
         say(f"Note: {labels} files lie in folders named like labels; are they scans?")
@@ -458,7 +460,7 @@ def arguments(add: Callable) -> None:
     add("--folds", type=int, metavar="K", help="share the patients out to K folds and hold out fold 0, not a share")
     add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")
     add("--patient", metavar="REGEX", help="its first group in a file's full path names the patient, never split; by "
-        'default the "patient" of a JSON source, or what a path tells, such as sub-01 or p7/a.nii')  # fmt: skip
+        'default the "patient" of a JSON source, or what a path tells, such as sub-01 or TCGA-02-0006')  # fmt: skip
     add("--strict", action="store_true", help="refuse scans with values that their modality can't have, such as a CT "
         "that is not in HU, which else are noted")  # fmt: skip
     add("--headers-only", action="store_true", help="do not read the voxels: quick, but misses broken files")

@@ -207,9 +207,11 @@ def by_fold(sections: Mapping[str, Entries], fold: Any, datalist: str) -> tuple[
 def check_sides(sides: Mapping[str, Entries], datalist: str, dataset_dir: str) -> None:
     """Check that no scan and no patient is on both sides, of which each is given with its entries.
 
+    A list whose validation is a part of its training is meant so; the log says what it is worth. There, a patient whom
+    names suggest is noted too.
+
     Raises:
-        BadInput: for a scan that is, or a patient by "patient" or by a name that leaves no doubt. A patient whom names
-            suggest is noted in the log.
+        BadInput: for a scan that is, or a patient by "patient" or by a name that leaves no doubt.
     """
     mend = (
         "it would be trained on and validated; move it to one side (`python -m tools.datalist` makes a list that keeps "
@@ -217,6 +219,12 @@ def check_sides(sides: Mapping[str, Entries], datalist: str, dataset_dir: str) -
     )
     known = [[pair for pair in entries if files_of(pair[1])] for entries in sides.values()]
     full = [[os.path.join(dataset_dir, file) for _, entry in side for file in files_of(entry)] for side in known]
+    trained, held_out = (set(files) for files in (full if next(iter(sides)) == "training" else full[::-1]))
+    if held_out and held_out <= trained:
+        return warn_once(
+            f"{datalist}: all {len(held_out)} scans to validate are trained on too, so validation tells how well they "
+            f"are learnt by heart, and nothing of other scans."
+        )
     for one, two in twins(*full):
         kind = "are one file" if os.path.realpath(one) == os.path.realpath(two) else "hold the same voxels"
         names = [

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from custom.data.datalist import read_datalist
 from tools import datalist, datalist_check
 from tools.datalist import Scan, fold_groups, group_keys, inspect_file, main, split
 
@@ -504,7 +505,7 @@ def test_decathlon_json(tmp_path, capsys):
         ({"training": [{"label": "a"}]}, "has no 'image'"),
         ({"training": [{"image": ["a", "b"], "modality": "ct"}]}, "has no 'image' that is one file name"),
         ({"training": [{"image": "a\0b", "modality": "ct"}]}, "has no 'image'"),
-        ({"training": [{"image": "a.nii", "modality": "CT"}]}, "did you mean 'ct'?"),
+        ({"training": [{"image": "a.nii", "modality": "CT"}]}, "did you mean `ct`?"),
         ({"training": [{"image": "a.nii", "modality": "ct", "label": 1}]}, "has a 'label' that is not one file name"),
         ({"training": [{"image": "a.nii", "modality": "ct", "label": "a\0b"}]}, "has a 'label' that is not one file"),
         ({"training": [{"image": "a.nii", "modality": "ct", "label": "a.nii"}]}, "be its own label by its JSON entry"),
@@ -534,8 +535,8 @@ def test_same_file_twice(tmp_path, capsys):
 
 def test_modality_names(tmp_path, capsys):
     scan(tmp_path / "f" / "a.nii")
-    assert "did you mean 'flair'?" in fails(capsys, tmp_path, f"flare={tmp_path}/f")
-    assert "known are ct, t1, t1ce, t2, flair" in fails(capsys, tmp_path, f"xyzzy={tmp_path}/f")
+    assert "did you mean `flair`?" in fails(capsys, tmp_path, f"flare={tmp_path}/f")
+    assert "Known are ct, t1, t1ce, t2, flair" in fails(capsys, tmp_path, f"xyzzy={tmp_path}/f")
     assert run(tmp_path, f"pet={tmp_path}/f", "--modalities", "ct", "pet")["training"][0]["modality"] == "pet"
 
 
@@ -629,8 +630,8 @@ LABELS_REFUSED = {
     "fraction": ("a voxel is 0.5, not a whole number", nifti(LABEL.astype(np.float32) / 2)),
     "negative": ("a voxel is -1, not a whole number", nifti(LABEL.astype(np.int16) - 1)),
     "scaled": ("a voxel is 1.5, not a whole number", nifti(LABEL, edit=patch("<2f", 112, 1.5, 0))),
-    "NaN": ("a voxel is nan, not a whole number", nifti(with_value(np.nan))),
-    "infinite": ("a voxel is inf, not a whole number", nifti(with_value(np.inf))),
+    "NaN": ("a voxel is nan, not a whole number", nifti(abs(with_value(np.nan)))),
+    "infinite": ("a voxel is inf, not a whole number", nifti(abs(with_value(np.inf)))),
     "4D": ("not a 3D volume: 4", nifti(np.stack([LABEL, LABEL], -1))),
     "cut": ("truncated or corrupted", nifti(LABEL)[:-1]),
     "text": ("not a NIfTI file", b"no label at all\n" * 100),
@@ -724,6 +725,94 @@ def test_labels_of_a_json(tmp_path, capsys):
     assert "two labels" in fails(capsys, tmp_path, path, again, *BTCV)
 
 
+# --- whose scans, and what is in them ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folds", [("--folds", "3"), ("--validation", "0.3")])
+def test_the_list_keeps_patients_together_and_is_read_as_it_is(tmp_path, folds):
+    """In layouts of several data sets at once; `read_datalist` checks the list by the same rule."""
+    for patient in range(1, 7):
+        for visit in ("1", "2"):
+            name = f"sub-m{patient}_ses-{visit}_T1w.nii.gz"
+            scan(tmp_path / "bids" / f"sub-m{patient}" / f"ses-{visit}" / "anat" / name)
+            scan(tmp_path / "glioma" / f"X-MEN-{patient:05}-00{visit}" / "t2w.nii.gz")
+            scan(tmp_path / "clinic" / f"{patient:02}" / f"scan_{visit}.nii")
+    sources = [f"t1={tmp_path}/bids", f"t2={tmp_path}/glioma", f"ct={tmp_path}/clinic"]
+    found = run(tmp_path, *sources, *folds)
+    whose = {"bids": r"sub-m\d", "glioma": r"MEN-\d+", "clinic": r"clinic/\d+"}
+    for kind, pattern in whose.items():
+        held = [
+            {re.search(pattern, entry["image"])[0] for entry in found[side] if entry["image"].startswith(kind)}
+            for side in ("training", "validation")
+        ]
+        assert not held[0] & held[1] and len(held[0] | held[1]) == 6
+    assert len({entry["patient"] for entry in found["training"] + found["validation"]}) == 18
+    fold = 0 if folds[0] == "--folds" else None
+    for section in ("training", "validation"):
+        items = read_datalist(tmp_path / "out.json", section, tmp_path, fold=fold)
+        assert len(items) == len(found[section]) and all(set(item) == {"image", "case"} for item in items)
+
+
+def test_the_patient_of_a_json_wins_and_stays(tmp_path):
+    images = [scan(tmp_path / "set" / f"{n}x.nii") for n in range(8)]
+    entries = [{"image": image.name, "patient": n % 2, "modality": "ct"} for n, image in enumerate(images)]
+    path = decathlon(tmp_path, {"training": entries})
+    for _ in range(2):
+        found = run(tmp_path, path, "--validation", "0.5")
+        assert [{entry["patient"] for entry in found[side]} for side in ("training", "validation")] in (
+            [{"0"}, {"1"}], [{"1"}, {"0"}])  # fmt: skip
+        path = tmp_path / "again.json"
+        path.write_text((tmp_path / "out.json").read_text())
+    with_pattern = run(tmp_path, path, "--validation", "0.5", "--patient", r"(\d)x")
+    assert {entry["patient"] for entry in with_pattern["training"]} < set("01234567")
+
+
+def test_scans_with_the_same_voxels_are_on_one_side_and_told(tmp_path, capsys):
+    for number in range(12):
+        path = scan(tmp_path / "f" / f"c{number}x.nii")
+    scan(tmp_path / "f" / "copy.nii.gz", nifti(np.asarray(nib.load(path).dataobj).astype(np.float32), np.eye(4)))
+    for seed in range(5):
+        found = run(tmp_path, f"ct={tmp_path}/f", "--validation", "0.4", "--seed", str(seed))
+        assert {"copy.nii.gz", "c11x.nii"} & names(found["training"]) in (set(), {"copy.nii.gz", "c11x.nii"})
+        assert f"Note: the same voxels, so on one side:\n    {tmp_path}/f/c11x.nii\n" in capsys.readouterr().out
+
+
+def test_values_that_cannot_be_are_noted_and_refused_if_strict(tmp_path, capsys):
+    good = scan(tmp_path / "ct" / "good.nii")
+    scan(tmp_path / "ct" / "unit.nii.gz", nifti(((VOXELS + 200) / 1200).astype(np.float32)))
+    scan(tmp_path / "ct" / "stored.nii", nifti((VOXELS + 1024).astype(np.uint16)))
+    scan(tmp_path / "ct" / "slope.nii", nifti((VOXELS + 1024).astype(np.uint16), edit=patch("<2f", 112, 1, -1024)))
+    few = np.full(VOXELS.shape, -1000, np.int16)
+    few[0, 0, :4] = VOXELS[0, 0, :4]
+    scan(tmp_path / "ct" / "few.nii", nifti(few))
+    scan(tmp_path / "t1" / "ct.nii", nifti(VOXELS - 500))
+    sources = [f"ct={tmp_path}/ct", f"t1={tmp_path}/t1"]
+    run(tmp_path, *sources)
+    told = capsys.readouterr().out.partition("Note: values that can't be, which --strict refuses: 4")[2]
+    assert "few.nii (ct: 99.4% of the voxels are -1000)" in told
+    assert (
+        re.search(r"stored.nii \(ct: values from 824 to 202\d, not HU", told)
+        and "unit.nii.gz (ct: values from 0 to" in told
+    )
+    assert re.search(r"t1/ct.nii \(t1: values from -700 to 49\d, as of a CT in HU\)", told) and "slope.nii" not in told
+    rows = {Path(row["path"]).name: row for row in csv.DictReader((tmp_path / "out_report.csv").open())}
+    assert rows["good.nii"]["values"] == "" and rows["few.nii"]["values"].startswith("99.4%")
+    found = run(tmp_path, *sources, "--strict")
+    assert names(found["training"] + found["validation"]) == {good.name, "slope.nii"}
+    assert "Refused, values: 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(2.0005, ""), (1.9991, ""), (-0.0004, ""), (2.002, "2.002"), (-0.02, "-0.02"), (1.0015, "1.0015")],
+)
+def test_ids_of_floats_are_whole_within_a_thousandth(tmp_path, value, told):
+    label = np.where(LABEL == 2, value, LABEL).astype(np.float32)
+    report = inspect_file(scan(tmp_path / "a.nii"), label=str(scan(tmp_path / "b.nii", nifti(label))))
+    assert (f"a voxel is {told}, not a whole number" in report.reason) if told else (not report.reason)
+    assert told or report.ids == ((0, 1, 3) if value < 1 else (0, 1, 2, 3))
+
+
 # --- the whole command ------------------------------------------------------------------------------------------
 
 
@@ -770,9 +859,9 @@ def test_file_names_of_any_bytes(tmp_path):
 
 
 def test_two_thousand_files_in_parallel(tmp_path):
-    raw = gzip.compress(nifti(), 1)
     (tmp_path / "f").mkdir()
     for n in range(2000):
+        raw = gzip.compress(nifti(edit=patch("<2h", 352, n // 1000, n % 1000)), 1)
         (tmp_path / "f" / f"c{n}x.nii.gz").write_bytes(raw if n % 100 else raw[:-20])
     started = time.monotonic()
     assert main([str(tmp_path / "out.json"), f"ct={tmp_path}/f", "--workers", "2"]) == 0
