@@ -168,7 +168,9 @@ def near_twins(
     ends = _matches(descriptors, owner, rules.twin_cosine)
     if others is not None:
         ends = ends[(owner[ends[:, 0]] < len(prints)) & (owner[ends[:, 1]] >= len(prints))]
-    pairs, starts = np.unique(owner[ends], axis=0, return_index=True) if len(ends) else (np.zeros((0, 2), int), [])
+    if not len(ends):
+        return []
+    pairs, starts = np.unique(owner[ends], axis=0, return_index=True)
     found = []
     for (one, two), own in zip(pairs.tolist(), np.split(ends, starts[1:]), strict=True):
         fewest = min(len(both[one].descriptors), len(both[two].descriptors))
