@@ -415,7 +415,7 @@ def build(options: argparse.Namespace) -> None:
 
     lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
     for scan in sorted(accepted, key=lambda scan: name(scan.path)):
-        entry = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
+        entry: dict[str, str | int] = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
         entry |= {"patient": keys[scan], "fold": folds.get(keys[scan], "")}
         lists[sides[scan]].append({key: value for key, value in entry.items() if value != ""})
     bare = sum(not scan.label for scan in accepted)
