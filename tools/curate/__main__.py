@@ -7,7 +7,7 @@
     python -m tools.curate where SET ID SOURCE...
 
 A SOURCE is a folder or a file, NAME=PATH to have it called so in the report, or MODALITY=PATH (NAME,MODALITY=PATH) to
-say what its volumes without DICOM headers are. The same command goes on after a stop. docs/curate.md tells all.
+say what its volumes without DICOM headers are. The same command goes on after a stop. docs/howto/curate.md tells all.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def curate_arguments(add: Callable) -> None:
     add("out", metavar="SET", help="folder to write, made if missing")
     add("source", metavar="SOURCE", nargs="*", help="folder or file, NAME=PATH or MODALITY=PATH")
     add("--name", metavar="ID=MODALITY", nargs="+", default=[], help="use volumes that were listed as uncertain")
-    add("--rule", metavar="NAME=VALUE", nargs="+", default=[], help="another limit; docs/curate.md lists them")
+    add("--rule", metavar="NAME=VALUE", nargs="+", default=[], help="another limit; docs/howto/curate.md lists them")
     add("--rules", metavar="FILE.json", help="limits as a JSON object")
     add("--recipe", metavar="FILE.json", help="sources, rules and the counts that must come out, instead of SOURCE")
     add("--root", metavar="DIR", default=".", help="where the recipe's paths start (%(default)s)")
