@@ -78,6 +78,11 @@ def tool(
     return main
 
 
+def near(path: Path) -> str:
+    """Return a path as it is told from the working directory: relative where it lies below, else whole."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def say(text: str, to: Any = None) -> None:
     """Print, whatever characters a file name has and whatever the terminal can show."""
     to = to or sys.stdout

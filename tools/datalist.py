@@ -35,7 +35,7 @@ from custom.data.cases import is_nifti, patients
 from custom.errors import BadInput
 from custom.files import read_json, write_json, write_text
 from custom.text import did_you_mean
-from tools._cli import say, tool
+from tools._cli import ROOT, near, say, tool
 from tools.datalist_check import FileReport, inspect_file
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
@@ -446,7 +446,7 @@ def build(options: argparse.Namespace) -> None:
     if labels:
         say(f"Note: {labels} files lie in folders named like labels; are they scans?")
     say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
-    say(NEXT_COMMAND.format(f"bundles/{bundle}", shlex.quote(str(out))))
+    say(NEXT_COMMAND.format(shlex.quote(near(ROOT / "bundles" / bundle)), shlex.quote(str(out))))
 
 
 def arguments(add: Callable) -> None:
