@@ -137,7 +137,7 @@ def prepare(work: Sequence[tuple[Stored, dict]], processes: int, skip: bool) -> 
             done += new and not why
             failed += [why] if why else []
     except RuntimeError as error:
-        if "killed by signal" not in str(error):
+        if "DataLoader worker" not in str(error) or user_message(error) is not None:
             raise
         raise BadInput(
             "A process was killed, perhaps for want of memory; the same command goes on, with fewer --processes."

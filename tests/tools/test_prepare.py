@@ -52,7 +52,7 @@ def test_a_killed_run_goes_on_and_loses_nothing(tmp_path, capsys):
     command = ["tools.prepare", *arguments(datalist, killed)]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])
-    run = context.Process(target=preload.run_module, args=(command, ROOT, tmp_path / "out", tmp_path / "err"))
+    run = context.Process(target=preload.run_module, args=(command, ROOT, {}, tmp_path / "out", tmp_path / "err"))
     run.start()
     end = time.monotonic() + 120
     while len(made(killed)) < 2 or not list(killed.glob("*.part")):
@@ -97,7 +97,6 @@ def test_the_same_faults_are_found_as_by_training(tmp_path, capsys):
     ("more", "said"),
     [
         (["--pixdim_m", "[2,2,2]"], "Nothing uses the id `pixdim_m`; did you mean `pixdim_mm`?"),
-        (["--pixdim_mm"], "Ids come as pairs, such as --pixdim_mm '[2,2,2]', got --pixdim_mm."),
         (["--bundle", "elsewhere"], "elsewhere is no bundle's folder, it has no configs/train.json."),
         (["--train#stored", "1"], "Nothing uses the id `train#stored`"),
     ],
@@ -106,6 +105,12 @@ def test_wrong_arguments_are_told_before_anything_is_written(scans, tmp_path, ca
     assert prepare.main(arguments(scans, tmp_path / "store", *more)) == 2
     error = capsys.readouterr().err
     assert error.startswith("prepare: ") and said in error and not made(tmp_path / "store")
+
+
+def test_an_id_without_a_value_is_told(scans, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(arguments(scans, tmp_path / "store", "--pixdim_mm"))
+    assert "ids come with their values, such as --pixdim_mm '[2,2,2]', got --pixdim_mm." in capsys.readouterr().err
 
 
 def test_a_bundle_without_a_store_and_a_folder_that_cannot_be_are_told(scans, tmp_path, capsys):
@@ -139,10 +144,10 @@ def test_two_runs_keep_out_of_one_store(scans, tmp_path, capsys):
 
 
 def test_a_worker_that_is_killed_is_told(scans, tmp_path, capsys):
-    last = "--train#preprocessing#transforms#0#transforms#3"
+    last = "--loading#transforms#3"
     assert prepare.main(arguments(scans, tmp_path / "store", last, "$lambda data: os.kill(os.getpid(), 9)")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "prepare: a process was killed, perhaps for want of memory; the same command goes on, with fewer --processes."
+        "prepare: A process was killed, perhaps for want of memory; the same command goes on, with fewer --processes."
     )
     assert prepare.main(arguments(scans, tmp_path / "store")) == 0
 

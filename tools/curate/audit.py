@@ -1,6 +1,7 @@
 """Say what of a test set a pre-training has seen: the same scan, its near twin, or its patient."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,14 @@ import nibabel
 import numpy as np
 from tqdm import tqdm
 
+from custom.data.cases import CONTRASTS, stem
 from custom.errors import BadInput
 from custom.files import read_json
 from tools.curate.parallel import Failed, parallel
 from tools.curate.rules import Rules
 from tools.curate.twins import Fingerprint, fingerprint, near_twins
-from tools.datalist import Scan, group_keys
+
+CONTRAST = re.compile(rf"(?:^|[_.\-])(?:{'|'.join(CONTRASTS)})$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ def audit(
 
 def _key(entry: Entry) -> str:
     """Return the name of a scan without its contrast, which tells the patient if it is not too short to tell one."""
-    (key,) = group_keys([Scan(entry.path, "", os.path.basename(entry.path))]).values()
+    key = CONTRAST.sub("", stem(entry.path))
     return key if len(key) > 4 and any(letter.isdigit() for letter in key) else ""
 
 

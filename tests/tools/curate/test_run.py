@@ -277,7 +277,7 @@ def test_the_list_is_one_that_tools_and_training_take(tmp_path):
     ("arguments", "sentence"),
     [
         (["SET", "NOWHERE"], "does not exist"),
-        (["SET", "IN", "--rule", "min_slice=3"], "did you mean min_slices?"),
+        (["SET", "IN", "--rule", "min_slice=3"], "did you mean `min_slices`?"),
         (["SET", "IN", "--rule", "min_slices=x"], "takes a number"),
         (["SET", "IN", "--rule", "min_slices"], "not of the form NAME=VALUE"),
         (["SET", "IN", "--name", "x=pet"], "not of the form ID=MODALITY"),

@@ -152,7 +152,7 @@ def test_an_audit_says_what_was_seen_and_how(tmp_path, scans, capsys):
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [("[]", "not a JSON object"), ("{}", "names no scan"), ('{"test": [{}]}', 'has no "image"'),
+    [("[]", "should hold a JSON object"), ("{}", "names no scan"), ('{"test": [{}]}', 'has no "image"'),
      ('{"test": ["gone.nii"]}', "does not exist"), ("{", "is not JSON")],
 )  # fmt: skip
 def test_a_list_that_cannot_be_audited(tmp_path, capsys, content, sentence):
