@@ -174,7 +174,7 @@ def copy_bundle(bundle: Path, folder: Path, modules: Path) -> None:
         target = folder / source.name
         if source.is_dir():
             skip = shutil.ignore_patterns("__pycache__", ".*")
-            shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True, ignore_dangling_symlinks=True)
+            shutil.copytree(source, target, ignore=skip, dirs_exist_ok=True)
         elif source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
