@@ -29,17 +29,16 @@ def three_scans(tmp_path_factory, phantom_list):
         {"image": str(phantom_list.parent / f"{scan}"), "modality": "t2" if "fetal" in scan else "ct"} for scan in SCANS
     ]
     path = tmp_path_factory.mktemp("list") / "three.json"
-    path.write_text(json.dumps({"training": scans, "validation": scans[:2]}))
+    others = {"held_out/ct_002.nii.gz": "ct", "brain/images/brain_000_t1.nii.gz": "t1"}
+    validation = [{"image": str(phantom_list.parent / scan), "modality": others[scan]} for scan in others]
+    path.write_text(json.dumps({"training": scans, "validation": validation}))
     return path
 
 
 def train(folder, datalist, watch, launcher=TORCHRUN):
     """Train for three epochs with a further handler."""
-    handler = {
-        "_target_": "custom.engine.handlers.On",
-        "event": "ITERATION_COMPLETED",
-        "handler": f"$lambda engine: {watch}",
-    }
+    logger = f"$lambda engine: {watch}"
+    handler = {"_target_": "StatsHandler", "epoch_log": False, "iteration_print_logger": logger}
     folder.mkdir(exist_ok=True)
     (folder / "watch.json").write_text(json.dumps({"+train#handlers": [handler]}))
     settings = {"datalist": datalist, "batch_size": 1, "max_epochs": 3, "warmup_iterations": 1, "val_pictures": 0}

@@ -22,8 +22,8 @@ from tools.curate.find import Source
 from tools.curate.rules import MODALITIES, Rules, check_rules
 from tools.curate.run import Row
 
-# Measured on one core (docs/howto/curate.md): an archive's bytes read, written and measured in a second; and how much
-# smaller a compressed volume is than its archive, which holds several series of which one is used, or none.
+# Assumed, not measured: how much of an archive one core takes in a second, and how much smaller a compressed volume is
+# than its archive, which holds several series of which one is used, or none.
 MB_A_SECOND = 12.0
 VOLUME_SHARE = 0.6
 
