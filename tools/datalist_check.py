@@ -19,7 +19,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 
-from custom.data.nifti import corner_distance_mm, fault_of_affine
+from custom.data.nifti import corner_distance_mm, fault_of_affine, fault_of_header
 from custom.data.twins import VoxelDigest
 from custom.data.values import Values, digits, whole_number
 
@@ -145,6 +145,8 @@ def _check(
             raise Refusal(f"bad spacing: {' x '.join(f'{p:g}' for p in pixdim)} mm")
         if wrong := fault_of_affine(image.affine):
             raise Refusal(f"bad affine: {wrong}")
+        if wrong := fault_of_header(header):
+            raise Refusal(f"bad header: it {wrong}")
         found["spacing"] = tuple(float(f"{s:.5g}") for s in np.linalg.norm(image.affine[:3, :3], axis=0))
 
         if voxels.offset < header.sizeof_hdr:

@@ -45,7 +45,9 @@ class LoadScand(LoadImaged):
         modality: str | None = None,
         strict: bool = False,
     ) -> None:
-        super().__init__(keys, ensure_channel_first=True, image_only=True, allow_missing_keys=True)
+        # Not whatever reader else is installed, which may take another geometry from a header.
+        options = {"ensure_channel_first": True, "image_only": True, "allow_missing_keys": True}
+        super().__init__(keys, reader="NibabelReader", **options)
         self.channels = channels
         self._patch_size = patch_size  # private, because the volume does not depend on it: see `custom.data.store`
         self._modality, self._strict = modality, strict  # as little
