@@ -46,7 +46,7 @@ def series(tmp_path_factory):
 def by_bundle(bundle, scan, output) -> nibabel.Nifti1Image:
     """Segment a NIfTI file with `monai.bundle run`."""
     values = read_json(bundle / "configs/inference.json")
-    sizes = {name: values[name] for name in ("feature_size", "patch_size")}
+    sizes = {name: values[name] for name in ("feature_size", "patch_size", "overlap")}
     done = monai_bundle("inference", bundle=bundle, dataset_dir=scan, output_dir=output, **sizes)
     assert done.returncode == 0, done.stderr
     return nibabel.load(output / f"{scan.name.removesuffix('.nii.gz')}_seg.nii.gz")
