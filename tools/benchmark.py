@@ -250,7 +250,8 @@ def seconds_per_iteration(part: dict) -> float:
     image = torch.rand(crops, 1, *parser["patch_size"], device=first.device)
     for _ in range(2):  # the first is slower
         started = time.monotonic()
-        network(image).mean().backward()
+        output = network(image)  # of a pre-training with the features beside it
+        (output[0] if isinstance(output, tuple) else output).mean().backward()
         first.grad.sum().item()  # a GPU is done when this is
     return time.monotonic() - started
 
