@@ -35,6 +35,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "num_workers": 0}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def server_of_forks() -> None:
+    """Start it before anything else starts one, which would import less, so that each run would take seconds more."""
+    fork_server()
+
+
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """A folder with two subjects of each kind of phantom, 64 voxels wide, and a third CT apart from them."""
@@ -114,7 +120,7 @@ def small_disk(tmp_path):
 
     yield disk, resize
     if os.path.ismount(disk):
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # a worker may still be on its way out
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 # Lint and tests, in a virtual environment that is made on first use. Arguments go to pytest.
 # With "integration" as the first argument: the slow tests, and those with the real servers of others, each of which lives
 # in an environment of its own, .venv-NAME, made of the complete list of packages in tests/integration/NAME.txt.
+# With "lowest": the tests of custom/ and of the configs with the lowest versions that setup.cfg allows, in .venv-lowest.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" "[test]"
 if [ "${1-}" = integration ]; then
@@ -15,6 +16,12 @@ if [ "${1-}" = integration ]; then
         }
     done
     set -- tests/integration "${@:2}"
+elif [ "${1-}" = lowest ]; then
+    python -m pip install --quiet --disable-pip-version-check uv
+    uv venv --quiet --clear --python "$(command -v python)" .venv-lowest
+    uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[test]"
+    . .venv-lowest/bin/activate
+    set -- tests/custom tests/bundles/test_configs.py "${@:2}"
 else
     ruff check .
     ruff format --check .

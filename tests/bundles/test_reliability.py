@@ -28,7 +28,7 @@ def scans(tmp_path):
         entries = {
             section: [
                 {
-                    "image": write(tmp_path / f"{section}_{n}.nii.gz", noise(64, 32, 32) + len(section) + n),
+                    "image": write(tmp_path / f"{section}_{n}.nii.gz", noise(64, 32, 32) + 10 * len(section) + n),
                     "modality": "ct",
                 }
                 for n in range(count)

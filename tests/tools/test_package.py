@@ -143,7 +143,7 @@ def test_what_the_training_overrode_is_in_the_package(released, run_dir, tmp_pat
     folder = verify.unpack(released, tmp_path)
     changed = {"labels": LABELS, "pixdim_mm": [4, 4, 4], "patch_size": [64, 32, 32], "feature_size": 12}
     changed["overlap"] = read_json(run_dir / "configs/train.json")["overlap"]
-    learnt = {"learning_rate": 0.01, "seed": 5, "max_epochs": 2, "val_interval": 1, "num_workers": 0}
+    learnt = {"learning_rate": 0.01, "seed": 5, "max_epochs": 2, "val_interval": 1, "num_workers": 0, "val_pictures": 0}
     for name, more in {"inference": {}, "train": learnt}.items():
         before, after = (read_json(path / f"configs/{name}.json") for path in (FETA, folder))
         assert after == before | changed | more  # and no folder of the machine

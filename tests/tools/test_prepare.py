@@ -78,8 +78,8 @@ def test_the_same_faults_are_found_as_by_training(tmp_path, capsys):
     written = [(kind, path) for kind, path in damaged.write(tmp_path / "damaged") if path.is_file()]
     sample = [written[0], *(now for last, now in zip(written, written[1:], strict=False) if last[0] != now[0])]
     told = {str(path): message for _, path, message, _ in damaged.outcomes(sample)}
-    sound = next(path for path, message in told.items() if not message)
-    datalist = write_list(tmp_path, told, [sound])
+    (tmp_path / "other.nii").write_bytes(damaged.volume(1))
+    datalist = write_list(tmp_path, told, [tmp_path / "other.nii"])
     assert prepare.main(arguments(datalist, tmp_path / "store")) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("prepare: ") and error.endswith(

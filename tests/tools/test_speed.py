@@ -3,6 +3,7 @@ import statistics
 
 from torch import nn
 
+from custom.speed import blocks
 from tests.conftest import fork_server
 from tools.studies import speed
 
@@ -45,7 +46,7 @@ def test_each_step_is_made_of_the_parts_that_it_names():
     for parts in (frozenset(), frozenset({"begin"}), frozenset({"begin", "norm"}), speed.DEFAULT):
         network = speed.make_network(parts, settings)
         norms = [
-            type(module) is speed.InstanceNorm for module in network.modules() if isinstance(module, nn.InstanceNorm3d)
+            type(module) is blocks.InstanceNorm for module in network.modules() if isinstance(module, nn.InstanceNorm3d)
         ]
-        assert isinstance(network.decoder1, speed.FoldedUpBlock) is ("folding" in parts)
+        assert isinstance(network.decoder1, blocks.FoldedUpBlock) is ("folding" in parts)
         assert len(norms) > 20 and set(norms) == {"norm" in parts}
