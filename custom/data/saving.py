@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import nibabel
 import numpy as np
 from monai.config import PathLike
 from monai.data import ImageWriter, NibabelWriter
+from monai.transforms import SaveImage
 
 from custom.data.nifti import corner_distance_mm
+from custom.errors import BadInput
 
 
 class PlaceWriter(NibabelWriter):
@@ -40,9 +43,24 @@ class PlaceWriter(NibabelWriter):
         distance_mm = corner_distance_mm(image.header.get_best_affine(), self.affine, image.shape)
         if distance_mm > 1e-2:
             raise ValueError(f"What is saved to {filename} is not on its scan, but up to {distance_mm:g} mm off.")
+        Path(filename).unlink(missing_ok=True)  # of a link, what it leads to stays
         nibabel.save(image, filename)
 
 
-def name_by_case(meta: Mapping, _: object) -> dict:
-    """Name what `SaveImaged` writes by the case; where a program gives none, by the scan's file."""
-    return {"subject": meta.get("case") or os.path.basename(str(meta.get("filename_or_obj", 0))), "idx": None}
+def name_by_case(meta: Mapping, saver: SaveImage) -> dict:
+    """Name what `SaveImaged` writes by the case, in its output folder; where a program gives none, by the scan's file.
+
+    A case that is named by a path from elsewhere, as a data list may do, is named by the scan's whole path instead.
+
+    Raises:
+        BadInput: for a link in the output folder that leads out of it.
+    """
+    file = str(meta.get("filename_or_obj", 0))
+    name = os.path.normpath(meta.get("case") or os.path.basename(file))
+    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+        name = os.path.abspath(file).lstrip(os.sep)
+    folder = saver.folder_layout.output_dir
+    home, place = os.path.realpath(folder), os.path.realpath(os.path.join(folder, os.path.dirname(name)))
+    if os.path.commonpath([home, place]) != home:
+        raise BadInput(f"{name} would be written to {place}, by a link in {folder}; name another --output_dir.")
+    return {"subject": name, "idx": None}

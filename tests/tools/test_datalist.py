@@ -24,6 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from custom.data.datalist import read_datalist
+from custom.data.loading import LoadLabeld, LoadScand
+from custom.errors import BadInput
 from tools import datalist, datalist_check
 from tools.datalist import Scan, fold_groups, group_keys, inspect_file, main, split
 
@@ -490,7 +492,8 @@ def test_decathlon_json(tmp_path, capsys):
     assert {e["modality"] for e in found["training"]} == {"ct"}
     assert all("label" not in e for e in found["training"])  # pre-training needs none
     found = run(tmp_path, f"ct={path}", "--validation", "0", "--labels")
-    assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None, None, None]
+    assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None]
+    assert f"Note: 2 'test' entries of {path} have no label and are left out." in capsys.readouterr().out
     del content["test"]
     found = run(tmp_path, decathlon(tmp_path, content))
     assert [e["modality"] for e in found["training"]] == ["t1", "t2"]
@@ -503,7 +506,8 @@ def test_decathlon_json(tmp_path, capsys):
         ("[]", "should hold a JSON object"),
         ({"training": {"0": "a"}}, "'training' is not a list"),
         ({"training": [{"label": "a"}]}, "has no 'image'"),
-        ({"training": [{"image": ["a", "b"], "modality": "ct"}]}, "has no 'image' that is one file name"),
+        ({"training": [{"image": ["a", 1], "modality": "ct"}]}, "has no 'image' that is a file name, or a list"),
+        ({"training": [{"image": ["a", "a"], "modality": "ct"}]}, "a would have one file as two channels by its JSON"),
         ({"training": [{"image": "a\0b", "modality": "ct"}]}, "has no 'image'"),
         ({"training": [{"image": "a.nii", "modality": "CT"}]}, "did you mean `ct`?"),
         ({"training": [{"image": "a.nii", "modality": "ct", "label": 1}]}, "has a 'label' that is not one file name"),
@@ -650,6 +654,16 @@ def test_refused_label(tmp_path, kind, monkeypatch):
     assert inspect_file(path, headers_only=True, label=str(label)).reason == (report.reason if in_header else "")
 
 
+@pytest.mark.parametrize("axes", ["LPS", "SRA", "PIR"])
+def test_a_label_in_another_order_of_the_axes_is_taken_as_in_training(tmp_path, axes):
+    turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(axes))
+    label = nib.Nifti1Image(LABEL, np.diag([1.0, 2.0, 3.0, 1.0])).as_reoriented(turn)
+    files = {"image": str(scan(tmp_path / "a.nii")), "label": str(scan(tmp_path / "b.nii", label.to_bytes()))}
+    assert inspect_file(files["image"], label=files["label"]).reason == ""
+    loaded = LoadLabeld("label", "abcd")(LoadScand("image")(files))["label"]
+    assert np.array_equal(loaded[0].numpy(), LABEL)
+
+
 def test_origin_far_away_gets_no_further_tolerance(tmp_path):
     affine = np.diag([1.0, 2.0, 3.0, 1.0])
     affine[:3, 3] = 500
@@ -723,6 +737,103 @@ def test_labels_of_a_json(tmp_path, capsys):
     for file in tmp_path.glob("out*"):
         file.unlink()
     assert "two labels" in fails(capsys, tmp_path, path, again, *BTCV)
+
+
+# --- several channels ---------------------------------------------------------------------------------------------
+
+CONTRASTS = np.stack([np.roll(VOXELS, shift, 0).clip(0) for shift in range(3)], -1)
+
+
+def one_file(tmp_path: Path) -> list:
+    """As the Medical Segmentation Decathlon has them: 4D, and a test without labels."""
+    for n in range(4):
+        scan(tmp_path / "set" / "imagesTr" / f"BRATS_{n}.nii.gz", nifti(np.roll(CONTRASTS, n, 1)))
+        scan(tmp_path / "set" / "labelsTr" / f"BRATS_{n}.nii.gz", nifti(LABEL))
+    cases = [{"image": f"./imagesTr/BRATS_{n}.nii.gz", "label": f"./labelsTr/BRATS_{n}.nii.gz"} for n in range(4)]
+    return [f"t1={decathlon(tmp_path, {'training': cases, 'test': ['./imagesTs/BRATS_9.nii.gz']})}", "--labels"]
+
+
+def files_in_folders(tmp_path: Path) -> list:
+    """As BraTS has them; with a contrast in another order of its axes."""
+    for n in range(4):
+        for number, contrast in enumerate(("t1", "t1ce", "flair")):
+            image = nib.Nifti1Image(np.roll(CONTRASTS[..., number], n, 1), np.diag([1.0, 2.0, 3.0, 1.0]))
+            image = image.as_reoriented([[1, -1], [0, 1], [2, 1]]) if number == 2 else image
+            scan(tmp_path / "set" / f"case_{n:02}" / f"case_{n:02}_{contrast}.nii.gz", image.to_bytes())
+        scan(tmp_path / "set" / f"case_{n:02}" / f"case_{n:02}_seg.nii.gz", nifti(LABEL))
+    return [f"t1={tmp_path}/set", "--channels", "_t1.=_t1ce.", "_t1.=_flair.", "--labels", "_t1.=_seg."]
+
+
+def files_in_a_list(tmp_path: Path) -> list:
+    files_in_folders(tmp_path)
+    cases = [
+        {name: [f"case_{n:02}/case_{n:02}_{part}.nii.gz" for part in parts] for name, parts in
+         {"image": ("t1", "t1ce", "flair")}.items()} | {"label": f"case_{n:02}/case_{n:02}_seg.nii.gz"}
+        for n in range(4)
+    ]  # fmt: skip
+    return [f"t1={decathlon(tmp_path, {'training': cases})}", "--labels"]
+
+
+@pytest.mark.parametrize("kind", [one_file, files_in_folders, files_in_a_list])
+def test_several_channels_are_listed_as_training_reads_them(tmp_path, capsys, kind):
+    arguments = kind(tmp_path)
+    given = [] if kind is files_in_folders else ["--in_channels", "3"]
+    found = run(tmp_path, *arguments, *given, "--folds", "2")
+    printed = capsys.readouterr().out
+    assert "in 4 scans" in printed and printed.rstrip().endswith("out.json --in_channels 3")
+    assert len(found["training"]) == len(found["validation"]) == 2
+    for section, fold in (("training", 0), ("validation", 0)):
+        for item in read_datalist(tmp_path / "out.json", section, tmp_path, labelled=True, fold=fold):
+            number = int(re.search(r"(\d+)(_t1)?\.nii", item["case"])[1])
+            image = LoadLabeld("label", "abcd")(LoadScand("image", 3)(item))["image"]
+            assert np.array_equal(image.numpy(), np.moveaxis(np.roll(CONTRASTS, number, 1), -1, 0))
+    rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
+    assert [row["shape"] for row in rows] == ["8x9x10x3"] * 4
+    for file in tmp_path.glob("out*"):
+        file.unlink()
+    wrong = fails(capsys, tmp_path, *arguments, "--in_channels", "2")
+    assert "do not agree" in wrong or "None of the 4 files can be used" in wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda file: file.unlink(), "no channel 2: "),
+        (lambda file: scan(file, nifti(CONTRASTS[:4, ..., 1])), "shape (4, 9, 10) is not that of its first channel"),
+        (lambda file: scan(file, nifti(CONTRASTS[..., 1], np.diag([1, 2, 4.0, 1]))), "affine puts a corner 10 mm"),
+        (lambda file: scan(file, nifti(CONTRASTS[..., 1] * 0)), "constant voxels: all are 0"),
+        (lambda file: scan(file, nifti(CONTRASTS)), "not a 3D volume: 4 dimensions, 3 volumes"),
+        (lambda file: scan(file, nifti(with_value(np.nan))), "NaN or infinite voxels"),
+    ],
+    ids=["missing", "shape", "place", "constant", "4D", "NaN"],
+)
+def test_a_channel_that_does_not_fit_refuses_the_scan_as_training_does(tmp_path, change, told):
+    arguments = files_in_folders(tmp_path)
+    file = tmp_path / "set/case_01/case_01_t1ce.nii.gz"
+    change(file)
+    found = run(tmp_path, *arguments)
+    assert len(found["training"] + found["validation"]) == 3
+    (reason,) = (row["reason"] for row in csv.DictReader((tmp_path / "out_report.csv").open()) if row["reason"])
+    assert told in reason and str(file) in reason
+    files = [str(file).replace("t1ce", name) for name in ("t1", "t1ce", "flair")]
+    with pytest.raises(BadInput, match="case_01_t1ce"):
+        LoadScand("image", 3)({"image": files})
+
+
+def test_a_volume_of_4d_that_is_constant_is_refused(tmp_path):
+    path = scan(tmp_path / "a.nii.gz", nifti(CONTRASTS * [1, 0, 1]))
+    assert inspect_file(path, channels=3).reason == "constant voxels: all of channel 2 are 0"
+    with pytest.raises(BadInput, match="same value 0 everywhere in one channel"):
+        LoadScand("image", 3)({"image": str(path)})
+
+
+def test_channels_that_do_not_agree(tmp_path, capsys):
+    arguments = files_in_folders(tmp_path)
+    assert "--in_channels 2 and the 3 files" in fails(capsys, tmp_path, *arguments, "--in_channels", "2")
+    assert "Pre-training takes one channel" in fails(capsys, tmp_path, *arguments[:-2])
+    assert "no '_T1.' to replace" in fails(capsys, tmp_path, *arguments, "--channels", "_T1.=_t2.")
+    same = fails(capsys, tmp_path, *arguments, "--channels", "case_=case_")
+    assert "would have one file as two channels by --channels" in same
 
 
 # --- whose scans, and what is in them ----------------------------------------------------------------------------

@@ -165,15 +165,14 @@ def test_a_scan_on_both_sides_is_found(kind, tmp_path):
         both(tmp_path, *kind(tmp_path))
 
 
-def test_a_validation_on_what_is_trained_on_is_told(tmp_path, cases, caplog):
-    listed = written(tmp_path, {"training": cases, "validation": cases[2:]})
-    assert (
-        len(read_datalist(listed, "validation", tmp_path)) == 2
-        and len(read_datalist(listed, "training", tmp_path)) == 4
-    )
-    assert caplog.text.count("all 2 scans to validate are trained on too") == 1
-    with pytest.raises(BadInput, match='case2.nii of "training" and case2.nii of "validation" are one file'):
-        read_datalist(written(tmp_path, {"training": cases[:3], "validation": cases[2:]}), "training", tmp_path)
+@pytest.mark.parametrize("training, validation", [((0, 1, 2, 3), (2, 3)), ((0, 1, 2), (2, 3)), ((0, 1), (0, 1))])
+def test_a_validation_on_what_is_trained_on_is_refused_unless_it_is_meant(training, validation, tmp_path, cases):
+    sides = [[cases[number] for number in numbers] for numbers in (training, validation)]
+    listed = written(tmp_path, dict(zip(("training", "validation"), sides, strict=True)))
+    for section, entries in zip(("training", "validation"), sides, strict=True):
+        with pytest.raises(BadInput, match=r'case\d.nii of "\w+" and case\d.nii of "\w+" are one file'):
+            read_datalist(listed, section, tmp_path)
+        assert len(read_datalist(listed, section, tmp_path, apart=False)) == len(entries)
 
 
 def test_scans_that_differ_in_their_last_voxel_are_two(tmp_path):
