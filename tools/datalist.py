@@ -92,7 +92,10 @@ def read_source(source: str, modalities: Iterable[str], labelled: bool = False) 
         found = [(file, name, "", "", ()) for file in files]
     if not found:
         raise BadInput(f"'{source}' has no .nii or .nii.gz file.")
-    return [Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), *more) for file, kind, *more in found]
+    return [
+        Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), label, patient, others)
+        for file, kind, label, patient, others in found
+    ]
 
 
 def _known(name: object, modalities: Iterable[str], where: str) -> str:
@@ -143,7 +146,7 @@ def _walk(folder: str) -> list[str]:
 
 def _decathlon(
     path: Path, modality: str, modalities: Iterable[str], labelled: bool
-) -> list[tuple[str, str, str, str, tuple]]:
+) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
     """(absolute file, modality, absolute label, patient, further files) of all entries; a modality given wins."""
     lists = read_json(path)
     found, left_out = [], 0

@@ -58,8 +58,9 @@ def read_datalist(
 
     Raises:
         BadInput: for a list that is missing, unreadable or empty; an entry that lacks what is asked for or what others
-            have, with an unknown modality, or whose file does not exist; a fold that the list does not have; a scan or
-            a patient on both sides, see `check_sides`; a fraction out of range.
+            have, with an unknown modality, or whose file does not exist; a fold that the list does not have; a scan to
+            validate that is listed twice; a scan or a patient on both sides, see `check_sides`; a fraction out of
+            range.
     """
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise BadInput(f"--label_fraction is a share above 0 and up to 1, got {fraction!r}.")
@@ -92,6 +93,8 @@ def read_datalist(
             paths = [os.path.join(dataset_dir, path) for path in paths]
             missing += [path for path in paths if not os.path.isfile(path)]
             item[name] = paths[0] if isinstance(item[name], str) else paths
+        if item in items and section != "training":
+            raise BadInput(f"{datalist}: {where} is listed twice, so that its metrics would count twice; take it out.")
         items.append(item)
     if missing:
         raise BadInput(

@@ -89,6 +89,13 @@ def test_an_entry_that_lacks_what_others_have_is_not_dropped(tmp_path, cases):
         read_datalist(written(tmp_path, {"training": cases}), "training", tmp_path, labelled=True)
 
 
+def test_a_case_to_validate_counts_once(tmp_path, cases):
+    listed = written(tmp_path, {"training": [cases[0], cases[0]], "validation": [*cases[1:], cases[1]]})
+    assert len(read_datalist(listed, "training", tmp_path)) == 2  # as one weighs a case
+    with pytest.raises(BadInput, match='entry 3 of "validation" is listed twice'):
+        read_datalist(listed, "validation", tmp_path)
+
+
 def test_a_section_without_folds_is_told(tmp_path, cases, caplog):
     del cases[3]["fold"]
     listed = written(tmp_path, {"training": cases[:3], "validation": cases[3:]})
