@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+OUTPUT = re.compile("_(?:seg|restored)$")  # ends the names of what is written of a scan
 CONTRASTS = (
     *("ct", "t1", "t1c", "t1ce", "t1gd", "t1n", "t1post", "t1w", "t2", "t2f", "t2w", "t2star", "flair", "pd", "pdw"),
     *("dwi", "adc", "swi", "mra", "pet", "mprage", "bold"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from custom.data.cases import BIDS, SUFFIX, is_nifti, output_names, patients, standard_patient
+from custom.data.cases import BIDS, OUTPUT, SUFFIX, is_nifti, output_names, patients, standard_patient, stem
 from custom.data.twins import twins
 from custom.errors import BadInput
 from custom.files import read_json
@@ -272,8 +272,8 @@ def find_scans(
 
     Args:
         images: a folder with .nii or .nii.gz files, one such file, or a list of files; a scan of several channels is a
-            list of files in that list. Scans of one name are told apart by their folders, as "case" and in what is
-            written of them.
+            list of files in that list. In a folder `x_seg.nii` beside `x.nii` is no scan, as the log says. Scans of one
+            name are told apart by their folders, as "case" and in what is written of them.
         modality: of all of them.
         modalities: the known names; None asks for no modality.
 
@@ -290,6 +290,11 @@ def find_scans(
         images = [folder]
         if os.path.isdir(folder):
             names = [name for name in sorted(os.listdir(folder)) if is_nifti(name)]
+            scans = set(map(stem, names))
+            results = [name for name in names if (scan := OUTPUT.sub("", stem(name))) != stem(name) and scan in scans]
+            if results:
+                names = [name for name in names if name not in results]
+                warn_once(f"{folder}: {results[0]} and {len(results) - 1} more are named as outputs, and left out.")
             images = [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
         if not images:
             raise BadInput(f"There is no .nii or .nii.gz file in the folder {folder}; name another with --dataset_dir.")

@@ -13,13 +13,16 @@ from monai.transforms import SaveImage
 from custom.data.nifti import corner_distance_mm
 from custom.errors import BadInput
 
+MARK = b"written by DAE Bundles"  # in the header
+
 
 class PlaceWriter(NibabelWriter):
     """MONAI's `NibabelWriter`, which keeps all that the scan's NIfTI header says of where it lies.
 
     That is its sform and qform with both codes, `pixdim` and the unit. `NibabelWriter` writes one affine as both, with
     the code 1, so that programs which take the other form put scan and label map apart. Nothing else is kept: a header
-    may also hold what says who the patient is.
+    may also hold what says who the patient is. A file that it has not written itself, such as a label map that somebody
+    drew or corrected, is not overwritten.
 
     Args: see `NibabelWriter`; the fields of the header are "place" in the metadata, see `LoadScand`. Without them,
         as of a scan that is not NIfTI, it does what `NibabelWriter` does.
@@ -30,6 +33,7 @@ class PlaceWriter(NibabelWriter):
         self.header = None
         if "place" in meta_dict:
             self.header = header = nibabel.Nifti1Header()
+            header["descrip"] = MARK
             for name, value in meta_dict["place"].items():
                 header[name] = np.asarray(value)
 
@@ -43,8 +47,19 @@ class PlaceWriter(NibabelWriter):
         distance_mm = corner_distance_mm(image.header.get_best_affine(), self.affine, image.shape)
         if distance_mm > 1e-2:
             raise ValueError(f"What is saved to {filename} is not on its scan, but up to {distance_mm:g} mm off.")
-        Path(filename).unlink(missing_ok=True)  # of a link, what it leads to stays
-        nibabel.save(image, filename)
+        file = Path(filename)
+        if file.exists() and not _is_ours(file):
+            raise BadInput(f"{file} is there already and was not written by this program; name another --output_dir.")
+        part = file.with_name(f".{file.name}")  # hidden, so that nobody takes it for a scan
+        nibabel.save(image, part)
+        os.replace(part, file)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        return nibabel.load(file).header["descrip"].item() == MARK
+    except Exception:  # readers raise whatever another file leads to
+        return False
 
 
 def name_by_case(meta: Mapping, saver: SaveImage) -> dict:

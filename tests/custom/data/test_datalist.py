@@ -247,6 +247,14 @@ def test_a_folder_is_searched_by_the_rule_of_all_tools(tmp_path):
     assert [item["image"] for item in found] == [str(folder / "a.nii"), str(folder / "b.NII.GZ")]
 
 
+def test_outputs_beside_their_scans_are_no_scans(tmp_path, caplog):
+    for name in ("a.nii.gz", "a_seg.nii.gz", "a_restored.nii", "b_seg.nii", "c.nii"):
+        scan(tmp_path / name)
+    assert [item["case"] for item in find_scans(str(tmp_path))] == ["a.nii.gz", "b_seg.nii", "c.nii"]
+    assert "a_restored.nii and 1 more are named as outputs, and left out" in caplog.text
+    assert len(find_scans([str(tmp_path / "a.nii.gz"), str(tmp_path / "a_seg.nii.gz")])) == 2  # as they were named
+
+
 def test_scans_of_one_name_are_told_apart(tmp_path):
     files = [scan(tmp_path / name) for name in ("p1/anat/t1.nii.gz", "p2/anat/t1.nii.gz", "p2/anat/u.nii")]
     assert [item["case"] for item in find_scans(files)] == ["p1/anat/t1.nii.gz", "p2/anat/t1.nii.gz", "u.nii"]
