@@ -59,6 +59,11 @@ VALUES: list[tuple[set[str], Callable[[Any], bool], str]] = [
         lambda value: _is_number(value, 0, 1),
         "a share from 0 to 1",
     ),
+    (
+        {"modality"},
+        lambda value: isinstance(value, str) and value.islower(),
+        "a name in small letters, such as ct or t2",
+    ),
     ({"resume", "strict", "amp", "full_resolution_skip"}, lambda value: value in (True, False), "True or False"),
 ]
 

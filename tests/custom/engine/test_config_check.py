@@ -93,6 +93,7 @@ def test_arguments_of_our_classes_are_those_of_their_bases_too():
         ("learning_rate", [0, 1e-4], [-1, "1e-4x", float("nan")]),
         ("overlap", [0, 0.5], [1, 50, -0.1]),
         ("cache_rate", [0, 1.0], [7, -1]),
+        ("modality", ["ct", "t1ce"], ["CT", 3, ["ct"]]),
         ("resume", [True, 0], ["no", "False", 2]),
     ],
 )
