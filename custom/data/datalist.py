@@ -81,7 +81,7 @@ def read_datalist(
             f"(`python -m tools.datalist` splits scans into training and validation)."
         )
     needed = ["image"] + ["modality"] * (modalities is not None) + ["label"] * labelled
-    items, missing = [], []
+    items, missing, seen = [], [], set()
     for where, entry in sides[section]:
         item: dict[str, Any] = {name: entry.get(name) for name in needed}
         check_entry(entry, needed, f"{datalist}: {where}")
@@ -93,8 +93,9 @@ def read_datalist(
             paths = [os.path.join(dataset_dir, path) for path in paths]
             missing += [path for path in paths if not os.path.isfile(path)]
             item[name] = paths[0] if isinstance(item[name], str) else paths
-        if item in items and section != "training":
+        if str(item) in seen and section != "training":
             raise BadInput(f"{datalist}: {where} is listed twice, so that its metrics would count twice; take it out.")
+        seen.add(str(item))
         items.append(item)
     if missing:
         raise BadInput(

@@ -8,8 +8,8 @@ from monai.deploy.core import Fragment, Operator, OperatorSpec
 from monai.deploy.core.domain.image import Image
 from monai.transforms import SaveImage
 
+from custom.data import LoadScand, find_scans
 from custom.data.cases import is_nifti
-from custom.data.loading import LoadScand
 from custom.data.saving import PlaceWriter, name_by_case
 from custom.errors import BadInput
 
@@ -49,7 +49,7 @@ class NiftiReader(Operator):
         Raises:
             BadInput: see `LoadScand`.
         """
-        scan = LoadScand("image", modality=self.modality)({"image": str(self.path)})["image"]
+        scan = LoadScand("image", modality=self.modality)(find_scans(str(self.path))[0])["image"]
         op_output.emit(Image(scan[0].numpy(), scan.meta), "image")
 
 
