@@ -120,7 +120,7 @@ def _check_place(affine: np.ndarray, its: dict[str, Any], scan: np.ndarray, foun
         raise Refusal(f"shape {shape} is not that of {whose}, {found['shape'][:3]}")
     apart_mm = corner_distance_mm(affine, scan, shape)
     if apart_mm > min(found["spacing"]) / 2:
-        raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from that of {whose}")
+        raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from {whose}'s")
 
 
 def _check(

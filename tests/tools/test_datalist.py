@@ -632,7 +632,7 @@ LABELS_REFUSED = {
     "shape": ("shape (8, 9, 9) is not that of its scan, (8, 9, 10)", nifti(LABEL[..., 1:])),
     "order of axes": ("shape (10, 9, 8) is not", nifti(LABEL.T)),
     "origin": ("its affine puts a corner 0.6 mm from its scan's", nifti(LABEL, edit=patch("<f", 292, 0.6))),
-    "direction": ("its affine puts a corner 16 mm", nifti(LABEL, np.diag([-1.0, 2.0, 3.0, 1.0]))),
+    "direction": ("its affine puts a corner 7 mm", nifti(LABEL, np.diag([-1.0, 2.0, 3.0, 1.0]))),
     "fraction": ("a voxel is 0.5, not a whole number", nifti(LABEL.astype(np.float32) / 2)),
     "negative": ("a voxel is -1, not a whole number", nifti(LABEL.astype(np.int16) - 1)),
     "scaled": ("a voxel is 1.5, not a whole number", nifti(LABEL, edit=patch("<2f", 112, 1.5, 0))),
@@ -823,7 +823,7 @@ def test_a_channel_that_does_not_fit_refuses_the_scan_as_training_does(tmp_path,
 
 
 def test_a_volume_of_4d_that_is_constant_is_refused(tmp_path):
-    path = scan(tmp_path / "a.nii.gz", nifti(CONTRASTS * [1, 0, 1]))
+    path = scan(tmp_path / "a.nii.gz", nifti(CONTRASTS * np.array([1, 0, 1], np.int16)))
     assert inspect_file(path, channels=3).reason == "constant voxels: all of channel 2 are 0"
     with pytest.raises(BadInput, match="same value 0 everywhere in one channel"):
         LoadScand("image", 3)({"image": str(path)})
@@ -833,6 +833,7 @@ def test_channels_that_do_not_agree(tmp_path, capsys):
     arguments = files_in_folders(tmp_path)
     assert "--in_channels 2 and the 3 files" in fails(capsys, tmp_path, *arguments, "--in_channels", "2")
     assert "Pre-training takes one channel" in fails(capsys, tmp_path, *arguments[:-2])
+    arguments[0] += "/*/*_t1.nii.gz"
     assert "no '_T1.' to replace" in fails(capsys, tmp_path, *arguments, "--channels", "_T1.=_t2.")
     same = fails(capsys, tmp_path, *arguments, "--channels", "case_=case_")
     assert "would have one file as two channels by --channels" in same
