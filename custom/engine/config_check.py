@@ -101,6 +101,8 @@ def check_paths(config: dict[str, Any]) -> None:
         for id, value in walk(config[name], name):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 raise BadInput(f"`{id}` is the number {value}; write a folder of that name as ./{value} or in full.")
+            if isinstance(value, str) and value.startswith(("$", "@")) and Path(value).exists():
+                raise BadInput(f"`{id}` is {value}, which MONAI takes for an expression; write it as ./{value}.")
             if not isinstance(value, str) or value.startswith(("$", "@", "%")):
                 continue
             if "::" in value and not Path(value).exists():
