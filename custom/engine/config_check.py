@@ -36,7 +36,7 @@ VALUES: list[tuple[set[str], Callable[[Any], bool], str]] = [
     ({"labels"}, _are_names, "a list of two names or more, all different, background first"),
     (
         {"pixdim_mm"},
-        lambda value: isinstance(value, list) and len(value) in (0, 3) and all(_is_number(s, 1e-2) for s in value),
+        lambda value: isinstance(value, list) and len(value) in (0, 3) and all(_is_number(s, 0.1) for s in value),
         "three spacings in mm, such as [1.5, 1.5, 2.0], or [] for those of each scan",
     ),
     (

@@ -65,6 +65,15 @@ def test_paths_that_are_not_what_was_typed(config, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["@home", "$x"])
+def test_a_folder_that_monai_takes_for_an_expression(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    check_paths({"dataset_dir": f"./{name}", "output_dir": f"{name}/new"})
+    with pytest.raises(BadInput, match=r"`dataset_dir` is .*; write it as \./"):
+        check_paths({"dataset_dir": name})
+
+
 def test_a_path_that_has_two_colons_and_is_there(tmp_path):
     (tmp_path / "a::b").mkdir()
     check_paths({"dataset_dir": str(tmp_path / "a::b"), "checkpoint": "@other::id"})
@@ -85,7 +94,11 @@ def test_arguments_of_our_classes_are_those_of_their_bases_too():
     ("name", "right", "wrong"),
     [
         ("labels", ["$@names", ["a", "b"]], ["spleen", ["a"], ["a", "b", "b"], {"a": 0, "b": 1}, [0, 1]]),
-        ("pixdim_mm", [None, [], [1, 1.5, 2]], [1.5, [1.5, 2], [1, 1, -2], [0, 1, 1], ["1", 1, 1], [float("nan")] * 3]),
+        (
+            "pixdim_mm",
+            [None, [], [1, 1.5, 2]],
+            [1.5, [1.5, 2], [1, 1, -2], [0, 1, 1], [0.01] * 3, ["1", 1, 1], [float("nan")] * 3],
+        ),
         ("max_epochs", [1, "$@max_iterations // 3"], [0, -1, 1.5, "ten", True]),
         ("feature_size", [12, 48], [13, 0, 24.0]),
         ("num_workers", [0, 2], [-1, 0.5]),
