@@ -80,8 +80,8 @@ def check_resumption(
         return
     if not known.is_file() or not record.is_file():
         raise BadInput(
-            f"{run} has checkpoints of a run, but not both of {known} and {record}, which say what it was started with; "
-            f"put them back, train in another --output_dir, or anew in this one by --resume False."
+            f"{run} has checkpoints of a run, but not both of {known} and {record}, which say what it was started "
+            f"with; put them back, train in another --output_dir, or anew in this one by --resume False."
         )
     several = parsed(workflow.config_root_path / "multi_gpu_train.json").config
     then, now = (settings_of(config, several) for config in (parsed(known).config, workflow.parser.config))
