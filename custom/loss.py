@@ -97,11 +97,16 @@ class WeightedDiceCELoss(DiceCELoss):
         as `DiceCELoss`.
 
     Raises:
-        BadInput: for another number of weights than of classes.
+        BadInput: for another number of weights than of classes, and for weights that are no numbers from 0 on.
     """
 
     def __init__(self, *args, weight: Sequence[float] | torch.Tensor | None = None, **kwargs) -> None:
-        weights = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        try:
+            weights = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"--loss#weight is {weight!r}, and should be a list of numbers.") from error
+        if weights is not None and not ((weights >= 0).all() and 0 < weights.sum() < torch.inf):
+            raise BadInput(f"--loss#weight is {weight!r}; weights are from 0 on, and not all 0.")
         super().__init__(*args, weight=weights, **kwargs)
         self.count = None if weights is None else weights.numel()
 

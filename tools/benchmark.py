@@ -149,6 +149,12 @@ def command(bundle: str, configs: Sequence[str], **overrides: Any) -> list[str]:
     ]
 
 
+def sides(task: dict) -> dict[str, bool]:
+    """Return what lets the training cases be validated, where a task has no others to validate."""
+    names = [f"{section}#dataset#data#apart" for section in ("train", "validate")]
+    return {} if task["validation_folds"] else dict.fromkeys(names, False)
+
+
 def pretraining(task: dict, method: str, out: Path) -> tuple[Path, list[str]]:
     """Return folder and command of a pre-training."""
     folder = out / "pretraining" / slug(method)
@@ -160,7 +166,7 @@ def pretraining(task: dict, method: str, out: Path) -> tuple[Path, list[str]]:
         output_dir=folder,
         ckpt_dir=folder / "models",
         max_iterations=part["iterations"],
-        **{**LAST, **part["overrides"], **(METHODS[method] or {})},
+        **{**LAST, **sides(task), **part["overrides"], **(METHODS[method] or {})},
     )
 
 
@@ -182,7 +188,7 @@ def finetuning(task: dict, run: Run, out: Path) -> tuple[Path, list[str]]:
         val_interval=interval,
         label_fraction=run.labelled / cases,
         seed=run.seed,
-        **{"val_pictures": 0, **LAST, **part["overrides"]},
+        **{"val_pictures": 0, **LAST, **sides(task), **part["overrides"]},
         **weights,
     )
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from custom.data.cases import is_nifti, patients
+from custom.data.datalist import files_of
 from custom.errors import BadInput
 from custom.files import read_json, write_json, write_text
 from custom.text import did_you_mean
@@ -47,9 +48,9 @@ SHOWN_IDS = 50  # label ids printed; a scan taken for a label has thousands
 
 @dataclass(frozen=True, order=True)
 class Scan:
-    """One file to list: absolute path (links kept), modality, path below its source's root, absolute label, patient.
+    """One scan to list: absolute path (links kept), modality, path below its source's root, absolute label, patient.
 
-    Label and patient are "" where no source names them.
+    Label and patient are "" where no source names them. A scan of several channels may have further files.
     """
 
     path: str
@@ -57,10 +58,18 @@ class Scan:
     place: str
     label: str = ""
     patient: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Of all channels."""
+        return (self.path, *self.others)
 
 
-def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
+def read_source(source: str, modalities: Iterable[str], labelled: bool = False) -> list[Scan]:
     """List the scans of one SOURCE of the command line: `modality=path`, or `path` of a Decathlon JSON.
+
+    Of a JSON for a labelled list, the "test" entries without a label are left out, which is said.
 
     Raises:
         BadInput: unknown modality, missing path, no file there, or a JSON that is no Decathlon list.
@@ -74,16 +83,19 @@ def read_source(source: str, modalities: Iterable[str]) -> list[Scan]:
         _known(name, modalities, f"'{source}'")
     path = os.path.abspath(os.path.expanduser(path))  # the shell leaves the ~ of ct=~/data alone
     if path.lower().endswith(".json") and os.path.isfile(path):
-        found = _decathlon(Path(path), name, modalities)
+        found = _decathlon(Path(path), name, modalities, labelled)
         root = os.path.dirname(path)
     elif not name:
         raise BadInput(f"'{source}' needs a modality: write modality={source}.")
     else:
         root, files = _files(path, source)
-        found = [(file, name, "", "") for file in files]
+        found = [(file, name, "", "", ()) for file in files]
     if not found:
         raise BadInput(f"'{source}' has no .nii or .nii.gz file.")
-    return [Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), *more) for file, kind, *more in found]
+    return [
+        Scan(file, kind, Path(os.path.relpath(file, root)).as_posix(), label, patient, others)
+        for file, kind, label, patient, others in found
+    ]
 
 
 def _known(name: object, modalities: Iterable[str], where: str) -> str:
@@ -132,57 +144,83 @@ def _walk(folder: str) -> list[str]:
     return found
 
 
-def _decathlon(path: Path, modality: str, modalities: Iterable[str]) -> list[tuple[str, str, str, str]]:
-    """(absolute file, modality, absolute label, patient) of all entries; a modality from the command line wins."""
+def _decathlon(
+    path: Path, modality: str, modalities: Iterable[str], labelled: bool
+) -> list[tuple[str, str, str, str, tuple[str, ...]]]:
+    """(absolute file, modality, absolute label, patient, further files) of all entries; a modality given wins."""
     lists = read_json(path)
-    found = []
+    found, left_out = [], 0
     for key in ("training", "validation", "test"):
         entries = lists.get(key) if lists.get(key) is not None else []
         if not isinstance(entries, list):
             raise BadInput(f"{path} is not a Decathlon data list: '{key}' is not a list.")
         for number, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {"image": entry}
-            image, own, label, patient = map(entry.get, ("image", "modality", "label", "patient"))
+            if labelled and key == "test" and entry.get("label") is None:
+                left_out += 1
+                continue
+            own, label, patient = map(entry.get, ("modality", "label", "patient"))
             where = f"{path}, '{key}' entry {number}"
-            if not isinstance(image, str) or not image or "\0" in image:
-                raise BadInput(f"{where} has no 'image' that is one file name.")
+            images = files_of(entry)
+            if not images:
+                raise BadInput(f"{where} has no 'image' that is a file name, or a list of them.")
             if label is not None and (not isinstance(label, str) or "\0" in label):
                 raise BadInput(f"{where} has a 'label' that is not one file name: mend it or take it out.")
             if not modality and own is None:
                 raise BadInput(f"{where} has no 'modality': add it, or write modality={path}.")
             label = os.path.abspath(path.parent / label) if label else ""
             kind = modality or _known(own, modalities, where)
-            found.append((os.path.abspath(path.parent / image), kind, label, "" if patient is None else str(patient)))
+            first, *others = (os.path.abspath(path.parent / image) for image in images)
+            found.append((first, kind, label, "" if patient is None else str(patient), tuple(others)))
+    if left_out:
+        say(f"Note: {left_out} 'test' entries of {path} have no label and are left out.")
     return found
 
 
-def add_labels(scans: Iterable[Scan], pairs: list[str]) -> list[Scan]:
-    """Give each scan a label, its path with the last FROM of each pair FROM=TO replaced, unless it has one by its JSON.
+def add_files(scans: Iterable[Scan], label_pairs: list[str], channel_pairs: Sequence[str] = ()) -> list[Scan]:
+    """Give each scan a label and the files of further channels, unless it has them by its JSON.
 
-    Files that are the label of another scan are left out. Without pairs, no further scan gets a label.
+    The label is the scan's path with the last FROM of each pair FROM=TO replaced, one after the other. Each pair of a
+    channel gives a file. Files that belong to another scan are left out. Without pairs, no further scan gets a file.
 
     Raises:
-        BadInput: a pair has no FROM, a FROM is not in a path, or a label is the scan itself.
+        BadInput: a pair has no FROM, a FROM is not in a path, or a scan's files are not all different.
     """
-    found: list[tuple[Scan, str]] = []  # with what is wrong, which is no error if the file proves to be a label
+    found: list[tuple[Scan, str]] = []  # with what is wrong, which is no error if the file proves to be of another scan
     for scan in scans:
-        label, wrong = scan.label or (scan.path if pairs else ""), ""
-        for pair in [] if scan.label else pairs:
-            old, sign, new = pair.partition("=")
-            if not old or not sign:
-                raise BadInput(f"--labels '{pair}' is not of the form FROM=TO.")
-            if old not in label and not wrong:
-                wrong = f"--labels '{pair}': no '{old}' to replace in {scan.path}; mend the pair or narrow the sources."
-            label = os.path.abspath(new.join(label.rsplit(old, 1)))
-        if label and not wrong and os.path.realpath(label) == os.path.realpath(scan.path):
-            origin = "its JSON entry" if scan.label else f"--labels '{' '.join(pairs)}'"
+        own = [("labels", label_pairs)] * (not scan.label and bool(label_pairs))
+        own += [("channels", [pair]) for pair in channel_pairs if not scan.others]
+        made = [(option, *_replaced(scan.path, pairs, option)) for option, pairs in own]
+        wrong = next((wrong for *_, wrong in made if wrong), "")
+        label = next((path for option, path, _ in made if option == "labels"), scan.label)
+        others = tuple(path for option, path, _ in made if option == "channels") or scan.others
+        if not wrong and label and os.path.realpath(label) in map(os.path.realpath, (scan.path, *others)):
+            origin = "its JSON entry" if scan.label else f"--labels '{' '.join(label_pairs)}'"
             wrong = f"{scan.path} would be its own label by {origin}; name another file."
-        found.append((replace(scan, label=label), wrong))
-    labels = {os.path.realpath(scan.label) for scan, wrong in found if scan.label and not wrong}
-    found = [(scan, wrong) for scan, wrong in found if os.path.realpath(scan.path) not in labels]
+        if not wrong and len(set(map(os.path.realpath, (scan.path, *others)))) <= len(others):
+            origin = "its JSON entry" if scan.others else f"--channels '{' '.join(channel_pairs)}'"
+            wrong = f"{scan.path} would have one file as two channels by {origin}; name another file."
+        found.append((replace(scan, label=label, others=others), wrong))
+    further = {
+        os.path.realpath(file) for scan, wrong in found if not wrong for file in (scan.label, *scan.others) if file
+    }
+    found = [(scan, wrong) for scan, wrong in found if os.path.realpath(scan.path) not in further]
     if mistakes := [wrong for _, wrong in found if wrong]:
         raise BadInput(mistakes[0])
     return [scan for scan, _ in found]
+
+
+def _replaced(path: str, pairs: Iterable[str], option: str) -> tuple[str, str]:
+    """Return a path with the last FROM of each pair FROM=TO replaced, and what is wrong, "" for nothing."""
+    result, wrong = path, ""
+    for pair in pairs:
+        old, sign, new = pair.partition("=")
+        if not old or not sign:
+            raise BadInput(f"--{option} '{pair}' is not of the form FROM=TO.")
+        if old not in result and not wrong:
+            wrong = f"--{option} '{pair}': no '{old}' to replace in {path}; mend the pair or narrow the sources."
+        result = os.path.abspath(new.join(result.rsplit(old, 1)))
+    return result, wrong
 
 
 def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
@@ -191,9 +229,9 @@ def unique(scans: Iterable[Scan]) -> tuple[list[Scan], list[Scan]]:
     Raises:
         BadInput: one file is given under two modalities or with two labels.
     """
-    by_file: dict[str, list[Scan]] = {}
+    by_file: dict[tuple[str, ...], list[Scan]] = {}
     for scan in sorted(scans, key=lambda scan: (not scan.label, scan)):  # of two names, that with a label is kept
-        by_file.setdefault(os.path.realpath(scan.path), []).append(scan)
+        by_file.setdefault(tuple(map(os.path.realpath, scan.files)), []).append(scan)
     for first, *others in by_file.values():
         for other in others:
             both = first.path if first.path == other.path else f"{first.path} (also {other.path})"
@@ -290,9 +328,11 @@ def split(groups: Mapping[str, Iterable[str]], fraction: float, seed: int) -> se
     return chosen
 
 
-def check_files(scans: list[Scan], headers_only: bool, strict: bool, workers: int) -> list[FileReport]:
+def check_files(
+    scans: list[Scan], headers_only: bool, strict: bool, workers: int, channels: int = 1
+) -> list[FileReport]:
     """Inspect scans and their labels in parallel processes, in order, with a progress bar on a terminal."""
-    look = partial(_inspect_unless_stopped, headers_only=headers_only, strict=strict)
+    look = partial(_inspect_unless_stopped, headers_only=headers_only, strict=strict, channels=channels)
     workers = min(workers, len(scans))
     bar = partial(tqdm, total=len(scans), desc="checking", unit="file", disable=None)
     if workers <= 1:
@@ -317,10 +357,10 @@ def _start_worker(stop: Event) -> None:
     _stop = stop
 
 
-def _inspect_unless_stopped(scan: Scan, headers_only: bool, strict: bool) -> FileReport:
+def _inspect_unless_stopped(scan: Scan, headers_only: bool, strict: bool, channels: int) -> FileReport:
     if _stop is not None and _stop.is_set():
         return FileReport(scan.path, reason="stopped")
-    return inspect_file(scan.path, headers_only, scan.label, scan.modality, strict)
+    return inspect_file(scan.path, headers_only, scan.label, scan.modality, strict, scan.others, channels)
 
 
 def _span(rows: list[tuple[float, ...]]) -> str:
@@ -386,18 +426,29 @@ def build(options: argparse.Namespace) -> None:
         raise BadInput("--folds must be at least 2 and, as fold 0 is held out, come without --validation.")
     if options.workers < 1:
         raise BadInput(f"--workers must be at least 1, not {options.workers}.")
+    channels = options.in_channels or 1 + len(options.channels)
+    if channels < 1 or options.channels and channels != 1 + len(options.channels):
+        raise BadInput(
+            f"--in_channels {channels} and the {1 + len(options.channels)} files of --channels do not agree."
+        )
+    if channels > 1 and options.labels is None:
+        raise BadInput("Pre-training takes one channel; for a segmentation of several give --labels too.")
     if any(os.path.realpath(s.partition("=")[2] or s) == os.path.realpath(out) for s in options.source):
         raise BadInput(f"'{options.out}' is also a source and would be overwritten.")
 
     def name(path: str) -> str:
         return Path(path).relative_to(out.parent).as_posix() if Path(path).is_relative_to(out.parent) else path
 
-    given = [scan for source in options.source for scan in read_source(source, options.modalities)]
+    given = [
+        scan
+        for source in options.source
+        for scan in read_source(source, options.modalities, options.labels is not None)
+    ]
     if options.labels is None:  # pre-training needs none of the labels that a JSON names, not even that they exist
         given = [replace(scan, label="") for scan in given]
-    scans, twice = unique(add_labels(given, options.labels or []))
+    scans, twice = unique(add_files(given, options.labels or [], options.channels))
     keys = group_keys(scans, options.patient, options.modalities)
-    reports = check_files(scans, options.headers_only, options.strict, options.workers)
+    reports = check_files(scans, options.headers_only, options.strict, options.workers, channels)
     keys, twins = join_twins(keys, reports)
     accepted = [scan for scan, report in zip(scans, reports, strict=True) if not report.reason]
     groups: dict[str, set[str]] = defaultdict(set)
@@ -413,9 +464,10 @@ def build(options: argparse.Namespace) -> None:
     if len(groups) < (options.folds or 0):
         raise BadInput(f"--folds {options.folds} is more than the {len(groups)} patients: use fewer.")
 
-    lists: dict[str, list[dict[str, str | int]]] = {"training": [], "validation": []}
+    lists: dict[str, list[dict[str, str | int | list[str]]]] = {"training": [], "validation": []}
     for scan in sorted(accepted, key=lambda scan: name(scan.path)):
-        entry: dict[str, str | int] = {"image": name(scan.path), "label": name(scan.label), "modality": scan.modality}
+        image = list(map(name, scan.files)) if scan.others else name(scan.path)
+        entry: dict[str, str | int | list[str]] = {"image": image, "label": name(scan.label), "modality": scan.modality}
         entry |= {"patient": keys[scan], "fold": folds.get(keys[scan], "")}
         lists[sides[scan]].append({key: value for key, value in entry.items() if value != ""})
     bare = sum(not scan.label for scan in accepted)
@@ -446,7 +498,8 @@ def build(options: argparse.Namespace) -> None:
     if labels:
         say(f"Note: {labels} files lie in folders named like labels; are they scans?")
     say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
-    say(NEXT_COMMAND.format(shlex.quote(near(ROOT / "bundles" / bundle)), shlex.quote(str(out))))
+    command = NEXT_COMMAND.format(shlex.quote(near(ROOT / "bundles" / bundle)), shlex.quote(str(out)))
+    say(command + f" --in_channels {channels}" * (channels > 1))
 
 
 def arguments(add: Callable) -> None:
@@ -456,6 +509,10 @@ def arguments(add: Callable) -> None:
     add("--labels", nargs="*", metavar="FROM=TO", help="for segmentation (write it after the sources): a scan's label "
         "is the one named in its JSON source, else its path with the last FROM replaced by TO, pair by pair, say "
         "'imagesTr=labelsTr img=label' or '_T2w=_dseg'; a label is never listed as a scan")  # fmt: skip
+    add("--channels", nargs="+", metavar="FROM=TO", default=[], help="files of a scan's further channels, one by each "
+        "pair, as --labels makes that of its label, say '_t1=_t1ce _t1=_t2'; a JSON source may list them")  # fmt: skip
+    add("--in_channels", type=int, metavar="N", help="channels of each scan: the volumes of a 4D file, or files; by "
+        "default one, and one by each pair of --channels")  # fmt: skip
     add("--validation", type=float, metavar="SHARE", help=f"share of the patients to hold out ({VALIDATION})")
     add("--folds", type=int, metavar="K", help="share the patients out to K folds and hold out fold 0, not a share")
     add("--seed", type=int, default=0, help="another seed gives another split (%(default)s)")

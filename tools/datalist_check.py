@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,7 +19,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.spatialimages import HeaderDataError
 
-from custom.data.nifti import corner_distance_mm, fault_of_affine, fault_of_header
+from custom.data.nifti import corner_distance_mm, fault_of_affine, fault_of_header, turned_place
 from custom.data.twins import VoxelDigest
 from custom.data.values import Values, digits, whole_number
 
@@ -36,7 +36,7 @@ class FileReport:
     """What a check found.
 
     Args:
-        shape: in voxels.
+        shape: in voxels, with the number of channels if there are several.
         spacing: in mm.
         reason: of a refusal, "" when accepted.
         ids: of the label.
@@ -59,6 +59,8 @@ def inspect_file(
     label: str = "",
     modality: str | None = None,
     strict: bool = False,
+    others: Sequence[str] = (),
+    channels: int = 1,
 ) -> FileReport:
     """Check that one file is a 3D scan that training can read, and that its label, if it has one, fits.
 
@@ -68,6 +70,8 @@ def inspect_file(
         label: file with an id (whole number) per voxel of the scan; "" for none.
         modality: whose values the scan should have, None if it is not known.
         strict: whether other values are refused.
+        others: files of the scan's further channels.
+        channels: that the scan should have: in a file each, or in one of 4 dimensions.
 
     Returns:
         What was found. Never raises for a bad file.
@@ -76,24 +80,30 @@ def inspect_file(
     where = ""
     try:
         with LoggingOutputSuppressor(), np.errstate(all="ignore"):
-            affine = _check(os.fspath(path), headers_only, found, modality)
+            if others and len(others) + 1 != channels:
+                raise Refusal(f"{_not_a_volume(channels)}: {len(others) + 1} files")
+            affine = _check(os.fspath(path), headers_only, found, modality, 1 if others else channels)
+            for number, other in enumerate(others, 2):
+                where = f"channel {number}: {other}: "
+                its: dict[str, Any] = {}
+                _check_place(_check(other, headers_only, its, modality), its, affine, found, "its first channel")
+                found["values"] = found.get("values") or its.get("values", "")
+            where = ""
             if strict and found.get("values"):
                 raise Refusal(f"values: {found['values']}")
             if label:
                 where = f"label: {label}: "
-                its: dict[str, Any] = {}
-                label_affine = _check(label, headers_only, its, None, is_label=True)
-                if its["shape"][:3] != found["shape"][:3]:
-                    raise Refusal(f"shape {its['shape'][:3]} is not that of its scan, {found['shape'][:3]}")
-                apart_mm = corner_distance_mm(label_affine, affine, found["shape"][:3])
-                if apart_mm > min(found["spacing"]) / 2:  # what training refuses too
-                    raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from its scan's")
+                its = {}
+                _check_place(_check(label, headers_only, its, None, is_label=True), its, affine, found, "its scan")
                 found["ids"] = its.get("ids", ())
+            if others:
+                found["shape"] = (*found["shape"][:3], channels)
         where = reason = ""
     except Refusal as refusal:
         reason = str(refusal)
     except FileNotFoundError:
-        where, reason = (f"no label: {label}", "") if where else ("", "missing file or dangling link")
+        kind, _, rest = where.partition(": ")
+        where, reason = (f"no {kind}: {rest.removesuffix(': ')}" if where else "missing file or dangling link"), ""
     except PermissionError:
         reason = "permission denied"
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -103,8 +113,23 @@ def inspect_file(
     return FileReport(os.fspath(path), **found, reason=where + " ".join(reason.split()))
 
 
+def _check_place(affine: np.ndarray, its: dict[str, Any], scan: np.ndarray, found: dict[str, Any], whose: str) -> None:
+    """Raise for a file that does not have the voxels of its scan in space; as in training, in any order of the axes."""
+    shape, affine = turned_place(its["shape"][:3], affine, scan)
+    if shape != found["shape"][:3]:
+        raise Refusal(f"shape {shape} is not that of {whose}, {found['shape'][:3]}")
+    apart_mm = corner_distance_mm(affine, scan, shape)
+    if apart_mm > min(found["spacing"]) / 2:
+        raise Refusal(f"its affine puts a corner {apart_mm:.3g} mm from {whose}'s")
+
+
 def _check(
-    path: str, headers_only: bool, found: dict[str, Any], modality: str | None, is_label: bool = False
+    path: str,
+    headers_only: bool,
+    found: dict[str, Any],
+    modality: str | None,
+    channels: int = 1,
+    is_label: bool = False,
 ) -> np.ndarray:
     """Raise for a file that is not to be listed, else return its affine; put what is known of it into `found`."""
     status = os.stat(path)
@@ -131,8 +156,9 @@ def _check(
 
         voxels = image.dataobj
         found["shape"] = tuple(int(n) for n in image.shape)
-        if len(image.shape) != 3 and (len(image.shape) != 4 or image.shape[3] != 1):
-            raise Refusal(f"not a 3D volume: {len(image.shape)} dimensions")
+        volumes = math.prod(image.shape[3:])
+        if not 3 <= len(image.shape) <= 4 or volumes != channels:
+            raise Refusal(f"{_not_a_volume(channels)}: {len(image.shape)} dimensions, {volumes} volumes")
         if min(image.shape[:3]) < 2:
             raise Refusal("not a 3D volume: an axis has fewer than 2 voxels")
         if voxels.dtype.kind not in "iuf":  # colour is structured, complex is "c"
@@ -156,30 +182,40 @@ def _check(
             raise Refusal(f"truncated or corrupted: {status.st_size} bytes cannot hold {size} bytes of voxels")
         if not headers_only:
             stream.seek(voxels.offset)
-            seen, digest = Values(), VoxelDigest(found["shape"][:3])
+            digest = VoxelDigest(found["shape"][: 4 if channels > 1 else 3])
+            for number in range(1, channels + 1):
+                seen = Values()
 
-            def telling(slab: np.ndarray) -> np.ndarray:
+                def telling(slab: np.ndarray, seen: Values = seen) -> np.ndarray:
+                    if is_label:
+                        return np.unique(slab)
+                    trained = scaled(slab, voxels)
+                    seen.add(trained)
+                    digest.add(trained)
+                    return np.array([slab.min(), slab.max()])  # scaling is monotone
+
+                slabs = map(telling, _slabs(stream, voxels.dtype, size // channels))
+                values = scaled(reduce(np.union1d, slabs, np.array([], voxels.dtype)), voxels)
                 if is_label:
-                    return np.unique(slab)
-                trained = scaled(slab, voxels)
-                seen.add(trained)
-                digest.add(trained)
-                return np.array([slab.min(), slab.max()])  # scaling is monotone
-
-            slabs = map(telling, _slabs(stream, voxels.dtype, size))
-            values = scaled(reduce(np.union1d, slabs, np.array([], voxels.dtype)), voxels)
-            if is_label:
-                for value in values.tolist():
-                    if (number := whole_number(value)) is None or number < 0:
-                        raise Refusal(f"a voxel is {digits(value)}, not a whole number from 0 on")
-                found["ids"] = tuple(sorted(set(map(whole_number, values.tolist()))))
-            elif not np.isfinite(values).all():
-                raise Refusal("NaN or infinite voxels")
-            elif values.min() == values.max():
-                raise Refusal(f"constant voxels: all are {values[0]:g}")
-            else:
-                found |= {"values": seen.note(modality), "digest": digest.text()}
+                    for value in values.tolist():
+                        if (id := whole_number(value)) is None or id < 0:
+                            raise Refusal(f"a voxel is {digits(value)}, not a whole number from 0 on")
+                    found["ids"] = tuple(sorted(set(map(whole_number, values.tolist()))))
+                elif not np.isfinite(values).all():
+                    raise Refusal("NaN or infinite voxels")
+                elif values.min() == values.max():
+                    where = f" of channel {number}" * (channels > 1)
+                    raise Refusal(f"constant voxels: all{where} are {values[0]:g}")
+                else:
+                    found["values"] = found.get("values") or seen.note(modality)
+            _read_to_the_end(stream, size)
+            if not is_label:
+                found["digest"] = digest.text()
         return image.affine
+
+
+def _not_a_volume(channels: int) -> str:
+    return "not a 3D volume" if channels == 1 else f"not a 3D volume of {channels} channels"
 
 
 def scaled(stored: np.ndarray, voxels: nib.arrayproxy.ArrayProxy) -> np.ndarray:
@@ -192,7 +228,6 @@ def scaled(stored: np.ndarray, voxels: nib.arrayproxy.ArrayProxy) -> np.ndarray:
 def _slabs(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> Iterator[np.ndarray]:
     """Read `size` bytes of stored voxels front to back; each slab overwrites the one before."""
     buffer = memoryview(bytearray(min(size, SLAB_BYTES)))
-    total = size
     while size:
         want = filled = min(size, SLAB_BYTES)
         while filled and (got := stream.readinto(buffer[want - filled : want])):
@@ -201,6 +236,9 @@ def _slabs(stream: io.BufferedIOBase, dtype: np.dtype, size: int) -> Iterator[np
             raise Refusal(f"truncated or corrupted: {size - want + filled} bytes of voxels are missing")
         yield np.frombuffer(buffer[:want], dtype)
         size -= want
-    # At its end gzip compares a checksum; damage may put the end off, a bomb must not do so for ever.
-    while stream.read(1 << 20) and stream.tell() < 2 * total + (64 << 20):
+
+
+def _read_to_the_end(stream: io.BufferedIOBase, size: int) -> None:
+    """Let gzip compare its checksum, at its end; damage may put the end off, a bomb must not do so for ever."""
+    while stream.read(1 << 20) and stream.tell() < 2 * size + (64 << 20):
         pass

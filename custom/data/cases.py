@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+OUTPUT = re.compile("_(?:seg|restored)$")  # ends the names of what is written of a scan
 CONTRASTS = (
     *("ct", "t1", "t1c", "t1ce", "t1gd", "t1n", "t1post", "t1w", "t2", "t2f", "t2w", "t2star", "flair", "pd", "pdw"),
     *("dwi", "adc", "swi", "mra", "pet", "mprage", "bold"),
@@ -40,7 +41,15 @@ PERSON = re.compile(
     r"(?:[_\- ]?[a-z]{0,3}\d+|[_\- ]?[A-Z]))(?![A-Za-z0-9])",
     re.IGNORECASE,
 )
-PLACES = re.compile(r"(?:^|/)(?:derivatives/[^/]+|rawdata|sourcedata|(?:images?|train|val|test)[^/]*)(?=/|$)", re.I)
+PLACES = re.compile(
+    r"(?:^|/)(?:derivatives/[^/]+|rawdata|sourcedata|(?:images?|train|val|test)[^/]*|(?:anat|func|dwi|perf|pet)\d*)"
+    r"(?=/|$)",
+    re.IGNORECASE,
+)
+# What counts in a name: a number, or a pseudonym such as "0011f3deaf", in which numbers and letters take turns.
+COUNT = re.compile(
+    r"(?<![A-Za-z0-9])(?=[A-Za-z]*\d+[A-Za-z]+\d|(?:[A-Fa-f]+\d|\d+[A-Fa-f])[A-Fa-f0-9]{4})[A-Za-z0-9]+|\d+"
+)
 CHANNEL = re.compile(r"_000\d$")  # "_0000", "_0001": one channel of a patient
 
 
@@ -84,7 +93,9 @@ def standard_patient(path: str) -> str:
     """Return the patient whom a path names in a way that leaves no doubt, such as `sub-01` of BIDS; "" for none."""
     path = SUFFIX.sub("", path.replace(os.sep, "/"))
     if bids := BIDS.search(path):
-        return "/".join(filter(None, (*_parents(PLACES.sub("", path[: bids.start(1)])), bids[1])))
+        own = re.compile(rf"(?<![A-Za-z0-9]){bids[1][4:]}(?![A-Za-z0-9])")  # a folder of one visit of the patient
+        parents = _parents(PLACES.sub("", path[: bids.start(1)]))
+        return "/".join([*(part for part in parents if not own.search(part)), bids[1]])
     found = [match for kind in (ARCHIVE, PERSON) if (match := kind.search(path)) and not COLLECTION.search(match[1])]
     if not found:
         return ""
@@ -150,7 +161,7 @@ def _cuts(path: str) -> Iterator[tuple[str, str]]:
             continue
         last = re.split(r"[_\-/ ]", begin)[-1]
         if any(letter.isdigit() for letter in last):
-            yield begin, re.sub(r"\d+", "#", begin)
+            yield begin, COUNT.sub("#", begin)
         elif path[end.start() : end.start() + 1] == "/":
             yield begin, f"{begin.rpartition('/')[0]}/*"
 

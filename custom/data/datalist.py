@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from custom.data.cases import BIDS, SUFFIX, is_nifti, output_names, patients, standard_patient
+from custom.data.cases import BIDS, OUTPUT, SUFFIX, is_nifti, output_names, patients, standard_patient, stem
 from custom.data.twins import twins
 from custom.errors import BadInput
 from custom.files import read_json
@@ -30,6 +30,7 @@ def read_datalist(
     fraction: float = 1,
     seed: int = 0,
     repeat: int = 1,
+    apart: bool = True,
 ) -> list[dict]:
     """Read one section of a Decathlon data list.
 
@@ -49,6 +50,7 @@ def read_datalist(
         fraction: share of the entries to take, in (0, 1]; chosen at random, a smaller share out of a larger one.
         seed: of that choice.
         repeat: how often each entry comes in the list returned, so that an epoch takes as many crops of each scan.
+        apart: False lets a scan or patient be on both sides: for curves of how well a training learns its own cases.
 
     Returns:
         A list of {"image": absolute path or paths, "case": path as written in the list}, and "modality" and "label" as
@@ -56,8 +58,9 @@ def read_datalist(
 
     Raises:
         BadInput: for a list that is missing, unreadable or empty; an entry that lacks what is asked for or what others
-            have, with an unknown modality, or whose file does not exist; a fold that the list does not have; a scan or
-            a patient on both sides; a fraction out of range.
+            have, with an unknown modality, or whose file does not exist; a fold that the list does not have; a scan to
+            validate that is listed twice; a scan or a patient on both sides, see `check_sides`; a fraction out of
+            range.
     """
     if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
         raise BadInput(f"--label_fraction is a share above 0 and up to 1, got {fraction!r}.")
@@ -78,7 +81,7 @@ def read_datalist(
             f"(`python -m tools.datalist` splits scans into training and validation)."
         )
     needed = ["image"] + ["modality"] * (modalities is not None) + ["label"] * labelled
-    items, missing = [], []
+    items, missing, seen = [], [], set()
     for where, entry in sides[section]:
         item: dict[str, Any] = {name: entry.get(name) for name in needed}
         check_entry(entry, needed, f"{datalist}: {where}")
@@ -90,13 +93,17 @@ def read_datalist(
             paths = [os.path.join(dataset_dir, path) for path in paths]
             missing += [path for path in paths if not os.path.isfile(path)]
             item[name] = paths[0] if isinstance(item[name], str) else paths
+        if str(item) in seen and section != "training":
+            raise BadInput(f"{datalist}: {where} is listed twice, so that its metrics would count twice; take it out.")
+        seen.add(str(item))
         items.append(item)
     if missing:
         raise BadInput(
             f"{missing[0]} of the data list {datalist} does not exist ({len(missing)} are missing); "
             f"relative paths start from --dataset_dir, which is {dataset_dir}."
         )
-    check_sides(sides, datalist, dataset_dir)
+    if apart:
+        check_sides(sides, datalist, dataset_dir)
     chosen = np.random.RandomState(seed).permutation(len(items))[: max(1, round(fraction * len(items)))]
     return [items[number] for number in sorted(chosen)] * repeat
 
@@ -207,11 +214,11 @@ def by_fold(sections: Mapping[str, Entries], fold: Any, datalist: str) -> tuple[
 def check_sides(sides: Mapping[str, Entries], datalist: str, dataset_dir: str) -> None:
     """Check that no scan and no patient is on both sides, of which each is given with its entries.
 
-    A list whose validation is a part of its training is meant so; the log says what it is worth. There, a patient whom
-    names suggest is noted too.
+    A patient whom names suggest, and who may be two, is noted in the log.
 
     Raises:
-        BadInput: for a scan that is, or a patient by "patient" or by a name that leaves no doubt.
+        BadInput: for a scan that is, by its path, a link or its voxels; or a patient by "patient" or by a name that
+            leaves no doubt.
     """
     mend = (
         "it would be trained on and validated; move it to one side (`python -m tools.datalist` makes a list that keeps "
@@ -219,12 +226,6 @@ def check_sides(sides: Mapping[str, Entries], datalist: str, dataset_dir: str) -
     )
     known = [[pair for pair in entries if files_of(pair[1])] for entries in sides.values()]
     full = [[os.path.join(dataset_dir, file) for _, entry in side for file in files_of(entry)] for side in known]
-    trained, held_out = (set(files) for files in (full if next(iter(sides)) == "training" else full[::-1]))
-    if held_out and held_out <= trained:
-        return warn_once(
-            f"{datalist}: all {len(held_out)} scans to validate are trained on too, so validation tells how well they "
-            f"are learnt by heart, and nothing of other scans."
-        )
     for one, two in twins(*full):
         kind = "are one file" if os.path.realpath(one) == os.path.realpath(two) else "hold the same voxels"
         names = [
@@ -272,8 +273,8 @@ def find_scans(
 
     Args:
         images: a folder with .nii or .nii.gz files, one such file, or a list of files; a scan of several channels is a
-            list of files in that list. Scans of one name are told apart by their folders, as "case" and in what is
-            written of them.
+            list of files in that list. In a folder `x_seg.nii` beside `x.nii` is no scan, as the log says. Scans of one
+            name are told apart by their folders, as "case" and in what is written of them.
         modality: of all of them.
         modalities: the known names; None asks for no modality.
 
@@ -290,6 +291,11 @@ def find_scans(
         images = [folder]
         if os.path.isdir(folder):
             names = [name for name in sorted(os.listdir(folder)) if is_nifti(name)]
+            scans = set(map(stem, names))
+            results = [name for name in names if (scan := OUTPUT.sub("", stem(name))) != stem(name) and scan in scans]
+            if results:
+                names = [name for name in names if name not in results]
+                warn_once(f"{folder}: {results[0]} and {len(results) - 1} more are named as outputs, and left out.")
             images = [path for name in names if not os.path.isdir(path := os.path.join(folder, name))]
         if not images:
             raise BadInput(f"There is no .nii or .nii.gz file in the folder {folder}; name another with --dataset_dir.")

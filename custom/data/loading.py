@@ -33,8 +33,8 @@ class LoadScand(LoadImaged):
         volume's meta data have too: outputs are named by it, and placed by "place", see `PLACE`.
 
     Raises:
-        BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or the same value
-            everywhere, or, if strict, values that can't be; and see `check_header`.
+        BadInput: for a file that can't be read, is not 3D, has other channels, holds NaN or infinity, or a channel of
+            one value, or, if strict, values that can't be; and see `check_header`.
     """
 
     def __init__(
@@ -66,9 +66,10 @@ class LoadScand(LoadImaged):
                 )
             if not torch.isfinite(image).all():
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
-            if image.min() == image.max():
-                raise BadInput(f"{path} has the same value {image.min().item():g} everywhere; take it out of the list.")
             for channel in image.as_tensor().numpy():
+                if channel.min() == channel.max():
+                    where = "everywhere" if self.channels == 1 else "everywhere in one channel"
+                    raise BadInput(f"{path} has the same value {channel.min():g} {where}; take it out of the list.")
                 if note := Values().add(channel).note(data.get("modality", self._modality)):
                     if self._strict:
                         raise BadInput(f"{path}: {note}; convert it, or take it out of the data list.")

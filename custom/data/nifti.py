@@ -130,7 +130,15 @@ def turn(voxels: np.ndarray, affine: np.ndarray, other: np.ndarray) -> tuple[np.
     """
     axes = nibabel.io_orientation(np.linalg.inv(other) @ affine)
     turned = np.stack([nibabel.apply_orientation(channel, axes) for channel in voxels])
-    return turned, affine @ nibabel.orientations.inv_ornt_aff(axes, voxels.shape[1:])
+    return turned, turned_place(voxels.shape[1:], affine, other)[1]
+
+
+def turned_place(shape: Sequence[int], affine: np.ndarray, other: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
+    """Return the shape (D, H, W) and the affine that `turn` gives a volume, without its voxels."""
+    axes = nibabel.io_orientation(np.linalg.inv(other) @ affine)
+    turned = np.empty(3, int)
+    turned[axes[:, 0].astype(int)] = shape
+    return tuple(turned.tolist()), affine @ nibabel.orientations.inv_ornt_aff(axes, shape)
 
 
 def _mm(spacing_mm: np.ndarray) -> str:

@@ -2,13 +2,18 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import nibabel
 import numpy as np
 from monai.config import PathLike
 from monai.data import ImageWriter, NibabelWriter
+from monai.transforms import SaveImage
 
 from custom.data.nifti import corner_distance_mm
+from custom.errors import BadInput
+
+MARK = b"written by DAE Bundles"  # in the header
 
 
 class PlaceWriter(NibabelWriter):
@@ -16,7 +21,8 @@ class PlaceWriter(NibabelWriter):
 
     That is its sform and qform with both codes, `pixdim` and the unit. `NibabelWriter` writes one affine as both, with
     the code 1, so that programs which take the other form put scan and label map apart. Nothing else is kept: a header
-    may also hold what says who the patient is.
+    may also hold what says who the patient is. A file that it has not written itself, such as a label map that somebody
+    drew or corrected, is not overwritten.
 
     Args: see `NibabelWriter`; the fields of the header are "place" in the metadata, see `LoadScand`. Without them,
         as of a scan that is not NIfTI, it does what `NibabelWriter` does.
@@ -27,6 +33,7 @@ class PlaceWriter(NibabelWriter):
         self.header = None
         if "place" in meta_dict:
             self.header = header = nibabel.Nifti1Header()
+            header["descrip"] = MARK
             for name, value in meta_dict["place"].items():
                 header[name] = np.asarray(value)
 
@@ -40,9 +47,35 @@ class PlaceWriter(NibabelWriter):
         distance_mm = corner_distance_mm(image.header.get_best_affine(), self.affine, image.shape)
         if distance_mm > 1e-2:
             raise ValueError(f"What is saved to {filename} is not on its scan, but up to {distance_mm:g} mm off.")
-        nibabel.save(image, filename)
+        file = Path(filename)
+        if file.exists() and not _is_ours(file):
+            raise BadInput(f"{file} is there already and was not written by this program; name another --output_dir.")
+        part = file.with_name(f".{file.name}")  # hidden, so that nobody takes it for a scan
+        nibabel.save(image, part)
+        os.replace(part, file)
 
 
-def name_by_case(meta: Mapping, _: object) -> dict:
-    """Name what `SaveImaged` writes by the case; where a program gives none, by the scan's file."""
-    return {"subject": meta.get("case") or os.path.basename(str(meta.get("filename_or_obj", 0))), "idx": None}
+def _is_ours(file: Path) -> bool:
+    try:
+        return nibabel.load(file).header["descrip"].item() == MARK
+    except Exception:  # readers raise whatever another file leads to
+        return False
+
+
+def name_by_case(meta: Mapping, saver: SaveImage) -> dict:
+    """Name what `SaveImaged` writes by the case, in its output folder; where a program gives none, by the scan's file.
+
+    A case that is named by a path from elsewhere, as a data list may do, is named by the scan's whole path instead.
+
+    Raises:
+        BadInput: for a link in the output folder that leads out of it.
+    """
+    file = str(meta.get("filename_or_obj", 0))
+    name = os.path.normpath(meta.get("case") or os.path.basename(file))
+    if os.path.isabs(name) or name.split(os.sep)[0] == os.pardir:
+        name = os.path.abspath(file).lstrip(os.sep)
+    folder = saver.folder_layout.output_dir
+    home, place = os.path.realpath(folder), os.path.realpath(os.path.join(folder, os.path.dirname(name)))
+    if os.path.commonpath([home, place]) != home:
+        raise BadInput(f"{name} would be written to {place}, by a link in {folder}; name another --output_dir.")
+    return {"subject": name, "idx": None}

@@ -1,6 +1,7 @@
 """What happens first in every `run` of a bundle: its config is checked, before any scan is read."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc import locate
@@ -20,6 +21,53 @@ PATHS = {
 }
 
 
+def _is_number(value: Any, low: float, high: float = math.inf, whole: bool = False) -> bool:
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+
+
+def _are_names(value: Any) -> bool:
+    names = value if isinstance(value, list) else []
+    return len(names) > 1 and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+
+
+# Ids, whether a value fits them, and what does.
+VALUES: list[tuple[set[str], Callable[[Any], bool], str]] = [
+    ({"labels"}, _are_names, "a list of two names or more, all different, background first"),
+    (
+        {"pixdim_mm"},
+        lambda value: isinstance(value, list) and len(value) in (0, 3) and all(_is_number(s, 0.1) for s in value),
+        "three spacings in mm, such as [1.5, 1.5, 2.0], or [] for those of each scan",
+    ),
+    (
+        {"in_channels", "batch_size", "crops_per_volume", "max_epochs", "max_iterations", "val_interval"},
+        lambda value: _is_number(value, 1, whole=True),
+        "a whole number from 1 on",
+    ),
+    ({"feature_size"}, lambda value: _is_number(value, 12, whole=True) and value % 12 == 0, "a multiple of 12"),
+    ({"num_workers", "val_pictures"}, lambda value: _is_number(value, 0, whole=True), "a whole number from 0 on"),
+    ({"seed"}, lambda value: _is_number(value, 0, 2**32 - 1, whole=True), "a whole number from 0 to 2^32 - 1"),
+    (
+        {"learning_rate", "weight_decay", "warmup_epochs", "warmup_iterations", "contrastive_weight", "noise_variance"},
+        lambda value: _is_number(value, 0),
+        "a number from 0 on",
+    ),
+    ({"overlap"}, lambda value: _is_number(value, 0, 0.99), "a share from 0 to 0.99"),
+    (
+        {"cache_rate", "max_bad_share", "least_transferred", "local_mask_ratio", "token_mask_ratio"}
+        | {"flip_probability", "rotation_probability", "intensity_probability"},
+        lambda value: _is_number(value, 0, 1),
+        "a share from 0 to 1",
+    ),
+    (
+        {"modality"},
+        lambda value: isinstance(value, str) and value.islower(),
+        "a name in small letters, such as ct or t2",
+    ),
+    ({"resume", "strict", "amp", "full_resolution_skip"}, lambda value: value in (True, False), "True or False"),
+]
+
+
 def check_config(patch_size: Sequence[int], output_dir: str) -> None:
     """Check the config that is being run; the first expression of each `run`.
 
@@ -30,8 +78,8 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
         output_dir: folder of the run, where the traceback of an error is kept.
 
     Raises:
-        BadInput: for an id that nothing uses, an argument that a component does not have, or a patch that the network
-            can't take.
+        BadInput: for an id that nothing uses, a value that an id can't have, an argument that a component does not
+            have, or a patch that the network can't take.
     """
     report_errors(str(output_dir))
     if not torch.cuda.is_available():
@@ -42,6 +90,7 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
     workflow = running_workflow()
     if workflow is not None:
         check_paths(workflow.parser.config)
+        check_values(workflow.parser.config)
         check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
     check_patch_size(patch_size)
 
@@ -52,6 +101,8 @@ def check_paths(config: dict[str, Any]) -> None:
         for id, value in walk(config[name], name):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 raise BadInput(f"`{id}` is the number {value}; write a folder of that name as ./{value} or in full.")
+            if isinstance(value, str) and value.startswith(("$", "@")) and Path(value).exists():
+                raise BadInput(f"`{id}` is {value}, which MONAI takes for an expression; write it as ./{value}.")
             if not isinstance(value, str) or value.startswith(("$", "@", "%")):
                 continue
             if "::" in value and not Path(value).exists():
@@ -59,6 +110,18 @@ def check_paths(config: dict[str, Any]) -> None:
                     f"`{id}` is {value}; a path in a config can't have # or :: in it, since MONAI makes :: of a #, as "
                     f"in an id; rename the file or folder."
                 )
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """Raise `BadInput` for a value that makes no sense and that nothing else refuses in a sentence, or at all.
+
+    MONAI takes the letters of a text for labels, and a spacing of -2 or of nothing for that of the scan.
+    """
+    for names, fits, words in VALUES:
+        for name in names & config.keys():
+            value = config[name]
+            if not (value is None or isinstance(value, str) and value.startswith(("$", "@", "%"))) and not fits(value):
+                raise BadInput(f"`{name}` is {value!r}, and should be {words}.")
 
 
 def running_workflow() -> ConfigWorkflow | None:

@@ -76,8 +76,13 @@ def check_resumption(
     run, workflow = Path(run_dir), running_workflow()
     pretrained = pretrained and weights_file(pretrained)
     known, record = run / "configs" / "train.json", run / RECORD
-    if not resume or workflow is None or not known.is_file() or not any(run.glob("checkpoint_iteration=*.pt")):
+    if not resume or workflow is None or not any(run.glob("checkpoint_iteration=*.pt")):
         return
+    if not known.is_file() or not record.is_file():
+        raise BadInput(
+            f"{run} has checkpoints of a run, but not both of {known} and {record}, which say what it was started "
+            f"with; put them back, train in another --output_dir, or anew in this one by --resume False."
+        )
     several = parsed(workflow.config_root_path / "multi_gpu_train.json").config
     then, now = (settings_of(config, several) for config in (parsed(known).config, workflow.parser.config))
     for id in sorted(then.keys() | now.keys()):

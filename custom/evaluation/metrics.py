@@ -1,5 +1,7 @@
 """Metrics of a segmentation: distances in millimetres, their means, and a report with the names of the classes."""
 
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -95,12 +97,12 @@ class SegmentationReport:
         details = {name: values.cpu().numpy() for name, values in engine.state.metric_details.items()}
         write_metrics_reports(
             str(self.output_dir),
-            cases,
+            list(map(_csv_field, cases)),
             engine.state.metrics,
             details,
             summary_ops=["mean", "std", "median", "min", "max", "notnans"],
             deli=",",
-            class_labels=self.classes,
+            class_labels=list(map(_csv_field, self.classes)),
         )
         table = self._table(details)
         (self.output_dir / "summary.md").write_text(table)
@@ -114,3 +116,10 @@ class SegmentationReport:
             for row, column in zip(rows[1:], [*known.T, known.mean(axis=0), known.mean(axis=1)], strict=True):
                 row.append(f"{column.mean():.3f} ± {column.std():.3f}" if column.count() else "-")
         return markdown_table(rows) + "\n"
+
+
+def _csv_field(text: str) -> str:
+    """Return a name as one field of a CSV file, which MONAI does not see to."""
+    field = io.StringIO()
+    csv.writer(field, lineterminator="").writerow([text])
+    return field.getvalue()

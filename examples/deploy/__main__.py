@@ -3,126 +3,44 @@
     python examples/deploy --input SERIES_OR_NIFTI --output FOLDER --model BUNDLE
 
 BUNDLE is a folder with weights, as it is downloaded. All that the application knows of it stands in its metadata: the
-modality that it takes, the names of its segments, its name and version.
+modality that it takes, the names of its segments, its name and version. What a scan is, how it is read and checked, and
+what is told of a mistake, is the bundle's own `custom`.
 """
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 
-from dicom import Loader, Selector, Volume
-from errors import BadInput
-from holoscan.conditions import CountCondition
-from monai.deploy.core import AppContext, Application, IOType, init_app_context
-from monai.deploy.core.domain.image import Image
-from monai.deploy.operators import DICOMSegmentationWriterOperator, ModelInfo
-from monai.deploy.operators.dicom_seg_writer_operator import SegmentDescription
-from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, MonaiBundleInferenceOperator
-from nifti import NiftiReader, NiftiWriter, find_nifti
-from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from monai.deploy.core import init_app_context
 
 
 def find_bundle(folder: Path) -> tuple[Path, Path]:
-    """Return a bundle's folder and its weights.
+    """Return a bundle's folder and its weights; a folder that is no bundle, or has no weights, ends the program.
 
     Args:
         folder: of the bundle, or one that has the bundle in it, as in a MAP.
-
-    Raises:
-        BadInput: for a folder that is no bundle, or has no weights.
     """
     for bundle in (folder, *folder.iterdir()):
         if (bundle / "configs/metadata.json").is_file():
             for name in ("model.ts", "model.pt"):  # in the order of the SDK
                 if (bundle / "models" / name).is_file():
                     return bundle, bundle / "models" / name
-            raise BadInput(f"The bundle {bundle} has no models/model.ts or models/model.pt; download one with weights.")
-    raise BadInput(f"{folder} is no bundle, it has no configs/metadata.json; name another with --model.")
-
-
-class Segmentation(Application):
-    """Segments with a bundle.
-
-    Args:
-        app_context: input, output and model, as the command line or the environment of a MAP names them.
-
-    Raises:
-        BadInput: see `find_bundle`; and for a bundle that takes several channels.
-    """
-
-    def __init__(self, app_context: AppContext) -> None:
-        # To the SDK any folder is a model; without one it takes the bundle_path of the operator.
-        app_context.models = None
-        self.app_context = app_context
-        self.bundle, self.weights = find_bundle(Path(app_context.model_path))
-        self.about = json.loads((self.bundle / "configs/metadata.json").read_text())
-        channels = self.about["network_data_format"]["inputs"]["image"]["num_channels"]
-        if channels != 1:
-            raise BadInput(f"The bundle {self.bundle} takes scans of {channels} channels, this application has one.")
-        super().__init__()
-
-    def compose(self) -> None:
-        """Connect the operators: the SDK's own, but for what they get wrong."""
-        source, output = Path(self.app_context.input_path), Path(self.app_context.output_path)
-        infer = MonaiBundleInferenceOperator(
-            self,
-            app_context=self.app_context,
-            bundle_path=self.bundle,
-            input_mapping=[IOMapping("image", Image, IOType.IN_MEMORY)],
-            output_mapping=[IOMapping("pred", Image, IOType.IN_MEMORY)],
-            name="infer",
-        )
-        once = CountCondition(self, 1)
-        nifti = find_nifti(source)
-        if nifti:
-            self.add_flow(NiftiReader(self, once, path=nifti, name="read"), infer, {("image", "image")})
-            self.add_flow(infer, NiftiWriter(self, output=output, name="write"), {("pred", "pred")})
-            return
-        modality = self.about["network_data_format"]["inputs"]["image"]["modality"]
-        load = Loader(self, once, input_folder=source, must_load=False, name="load")
-        select = Selector(self, folder=source, modality=modality, name="select")
-        volume = Volume(self, name="volume")
-        write = DICOMSegmentationWriterOperator(
-            self,
-            segment_descriptions=self.segments(),
-            model_info=self.model_info(),
-            custom_tags={"SeriesDescription": self.about["name"]},
-            output_folder=output,
-            name="write",
-        )
-        self.add_flow(load, select, {("dicom_study_list", "dicom_study_list")})
-        for user in (volume, write):
-            self.add_flow(select, user, {("study_selected_series_list", "study_selected_series_list")})
-        self.add_flow(volume, infer, {("image", "image")})
-        self.add_flow(infer, write, {("pred", "seg_image")})
-
-    def segments(self) -> list[SegmentDescription]:
-        """Describe the segments by the names of their classes; background is none."""
-        names = self.about["network_data_format"]["outputs"]["pred"]["channel_def"]
-        structure = codes.SCT.AnatomicalStructure
-        return [
-            SegmentDescription(
-                segment_label=names[str(number)],
-                segmented_property_category=structure,
-                # A term of SNOMED, where it is one by just this name.
-                segmented_property_type=getattr(codes.SCT, names[str(number)].title().replace(" ", ""), structure),
-                algorithm_name=self.about["name"],
-                algorithm_version=self.about["version"],
+            sys.exit(
+                f"error: The bundle {bundle} has no models/model.ts or models/model.pt; download one with weights."
             )
-            for number in range(1, len(names))
-        ]
-
-    def model_info(self) -> ModelInfo:
-        """Say what has segmented; other weights have another UID, as the IHE profile AI Results asks for."""
-        digest = hashlib.sha256(self.weights.read_bytes()).hexdigest()
-        uid = generate_uid(entropy_srcs=[digest])
-        return ModelInfo(self.about["authors"], self.about["name"], self.about["version"], uid)
+    sys.exit(f"error: {folder} is no bundle, it has no configs/metadata.json; name another with --model.")
 
 
 if __name__ == "__main__":
+    context = init_app_context(sys.argv)
+    bundle, weights = find_bundle(Path(context.model_path))
+    sys.path.insert(0, str(bundle.absolute()))
+    from segmentation import Segmentation
+
+    from custom.errors import user_message
+
     try:
-        Segmentation(init_app_context(sys.argv)).run()
-    except BadInput as error:
-        sys.exit(f"error: {error}")
+        Segmentation(context, bundle, weights).run()
+    except Exception as error:
+        if (message := user_message(error)) is None:
+            raise
+        sys.exit(f"error: {message}")

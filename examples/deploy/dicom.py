@@ -8,7 +8,6 @@ import numpy as np
 import pydicom
 import pydicom.errors
 import pydicom.uid
-from errors import BadInput
 from monai.deploy.core import Fragment
 from monai.deploy.core.domain.dicom_series import DICOMSeries
 from monai.deploy.core.domain.dicom_series_selection import StudySelectedSeries
@@ -18,6 +17,8 @@ from monai.deploy.operators import (
     DICOMSeriesSelectorOperator,
     DICOMSeriesToVolumeOperator,
 )
+
+from custom.errors import BadInput
 
 
 def readable(file: str) -> str | io.BytesIO:

@@ -1,13 +1,17 @@
-"""NIfTI in and out, with the affine, which the SDK's operators drop."""
+"""NIfTI in and out, with where the scan lies, which the SDK's operators drop."""
 
 from pathlib import Path
 from typing import Any
 
-import nibabel
-from errors import BadInput
+from monai.data import MetaTensor
 from monai.deploy.core import Fragment, Operator, OperatorSpec
 from monai.deploy.core.domain.image import Image
-from monai.transforms import LoadImage
+from monai.transforms import SaveImage
+
+from custom.data import LoadScand, find_scans
+from custom.data.cases import is_nifti
+from custom.data.saving import PlaceWriter, name_by_case
+from custom.errors import BadInput
 
 
 def find_nifti(path: Path) -> Path | None:
@@ -16,22 +20,23 @@ def find_nifti(path: Path) -> Path | None:
     Raises:
         BadInput: for several.
     """
-    files = sorted(path.glob("*.nii*")) if path.is_dir() else [path]
+    files = sorted(file for file in path.iterdir() if is_nifti(file.name)) if path.is_dir() else [path]
     if len(files) > 1:
         raise BadInput(f"{path} has {len(files)} NIfTI files; name one with --input.")
     return files[0] if files else None
 
 
 class NiftiReader(Operator):
-    """Reads a NIfTI file as the bundle's own `LoadImaged` does.
+    """Reads a NIfTI file as the bundle's own inference does, with all its checks.
 
     Args:
         fragment: the application.
         path: the file.
+        modality: of the scans that the bundle takes.
     """
 
-    def __init__(self, fragment: Fragment, *args, path: Path, **kwargs) -> None:
-        self.path = path
+    def __init__(self, fragment: Fragment, *args, path: Path, modality: str, **kwargs) -> None:
+        self.path, self.modality = path, modality
         super().__init__(fragment, *args, **kwargs)
 
     def setup(self, spec: OperatorSpec) -> None:
@@ -42,19 +47,14 @@ class NiftiReader(Operator):
         """Read the file.
 
         Raises:
-            BadInput: for a file that can't be read, or is no 3D volume.
+            BadInput: see `LoadScand`.
         """
-        try:
-            image = LoadImage(image_only=True)(self.path)
-        except Exception as error:  # readers raise whatever the damage leads to
-            raise BadInput(f"{self.path} can't be read; is it a whole NIfTI file?") from error
-        if image.ndim != 3:
-            raise BadInput(f"{self.path} is no 3D volume, its shape is {tuple(image.shape)}; name one with --input.")
-        op_output.emit(Image(image.numpy(), image.meta), "image")
+        scan = LoadScand("image", modality=self.modality)(find_scans(str(self.path))[0])["image"]
+        op_output.emit(Image(scan[0].numpy(), scan.meta), "image")
 
 
 class NiftiWriter(Operator):
-    """Writes a label map beside nothing else, in the geometry of the scan.
+    """Writes a label map where the scan lies.
 
     Args:
         fragment: the application.
@@ -73,7 +73,15 @@ class NiftiWriter(Operator):
         """Write the file."""
         pred = op_input.receive("pred")
         meta = pred.metadata()
-        self.output.mkdir(parents=True, exist_ok=True)
-        name = Path(meta["filename_or_obj"]).name.partition(".nii")[0]
-        label = nibabel.Nifti1Image(pred.asnumpy().swapaxes(0, 2), meta["original_affine"])
-        label.to_filename(self.output / f"{name}_seg.nii.gz")
+        save = SaveImage(
+            self.output,
+            "seg",
+            output_dtype=pred.asnumpy().dtype,
+            resample=False,
+            separate_folder=False,
+            writer=PlaceWriter,
+            data_root_dir=".",
+            output_name_formatter=name_by_case,
+        )
+        place = {name: meta[name] for name in ("case", "filename_or_obj", "original_affine", "place")}
+        save(MetaTensor(pred.asnumpy().swapaxes(0, 2)[None].copy(), meta["original_affine"], place))

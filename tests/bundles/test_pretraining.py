@@ -143,9 +143,10 @@ def test_each_comparison_is_one_override(variant, small_list, tmp_path):
 
 
 def test_a_further_modality_is_one_entry(phantom_list, tmp_path):
-    scan = str(phantom_list.parent / "brain" / "images" / "brain_000_t1.nii.gz")
+    scans = [str(phantom_list.parent / "brain" / "images" / f"brain_00{n}_t1.nii.gz") for n in range(2)]
     path = tmp_path / "list.json"
-    path.write_text(json.dumps({name: [{"image": scan, "modality": "pd"}] for name in ("training", "validation")}))
+    entries = [[{"image": scan, "modality": "pd"}] for scan in scans]
+    path.write_text(json.dumps(dict(zip(("training", "validation"), entries, strict=True))))
     further = {"modalities__pd": '{"_target_": "NormalizeIntensity", "nonzero": true}'}
     done = monai_bundle("train", datalist=path, max_epochs=1, **further, **folders(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -94,3 +94,11 @@ def test_weights_of_classes_may_be_a_list_as_in_a_config(include_background):
     assert torch.equal(unweighted, DiceCELoss(**options)(prediction, target)) and not torch.equal(unweighted, expected)
     with pytest.raises(BadInput, match="--loss#weight has 2 weights, and there are 3 classes"):
         WeightedDiceCELoss(**options, weight=[1, 2])(prediction, target)
+
+
+@pytest.mark.parametrize(
+    "weight", [[0.2, -1], [0, 0], [float("nan"), 1], ["a", 1], "[0.2,1.0", {"a": 1}, [1, float("inf")]]
+)
+def test_weights_that_make_no_sense(weight):
+    with pytest.raises(BadInput, match="--loss#weight is "):
+        WeightedDiceCELoss(weight=weight)

@@ -141,6 +141,8 @@ def test_without_validation_folds_the_training_cases_take_their_place(task):
         lists = {name: [e["image"][-8:-7] for e in es] for name, es in content[part]["datalist"].items()}
         assert lists["training"] == lists["validation"] == ["2", "3", "0"]
         assert lists.get("testing", ["1"]) == ["1"]
+    commands = [benchmark.pretraining(one, "DAE", task.parent)[1] for one in (content, read_task(task))]
+    assert ["--validate#dataset#data#apart" in command for command in commands] == [True, False]
 
 
 def test_a_wrong_task_is_refused_in_a_sentence(task, tmp_path, capsys):

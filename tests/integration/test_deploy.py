@@ -89,6 +89,9 @@ def test_nifti_to_nifti(bundles, series, tmp_path):
     shutil.copytree(bundles[FETA.name], bundle)
     (bundle / "models/model.ts").unlink()
     dicom("nifti", series / "MR", tmp_path / "scan.nii.gz")
+    scan = nibabel.load(tmp_path / "scan.nii.gz")
+    scan.set_qform(scan.affine @ np.diag([-1, -1, 1, 1]), 2)
+    nibabel.save(scan, tmp_path / "scan.nii.gz")
     done = application(tmp_path / "scan.nii.gz", tmp_path / "app", bundle)
     assert done.returncode == 0, done.stdout + done.stderr
     found, expected = (
@@ -97,7 +100,9 @@ def test_nifti_to_nifti(bundles, series, tmp_path):
     )
     assert np.array_equal(found.dataobj, expected.dataobj)
     assert found.get_data_dtype() == np.uint8
-    assert np.array_equal(found.affine, nibabel.load(tmp_path / "scan.nii.gz").affine)
+    for form in ("get_sform", "get_qform"):
+        (mine, code), (own, its) = (getattr(image, form)(coded=True) for image in (found, scan))
+        assert np.allclose(mine, own, atol=1e-4) and code == its
 
 
 def empty(folder, series, bundle):
@@ -154,6 +159,16 @@ def flat(folder, series, bundle):
     return folder / "a.nii.gz", bundle
 
 
+def elsewhere(folder, series, bundle):
+    """Spacing in doubt; beside what is no scan, and in a suffix of capitals."""
+    image = nibabel.Nifti1Image(np.random.default_rng(0).normal(size=(9, 9, 9)), np.eye(4))
+    image.header["pixdim"][3] = 3
+    (folder / "A.NII").write_bytes(image.to_bytes())
+    for name in ("A.NII.md5", "._A.nii"):
+        (folder / name).write_text("nothing")
+    return folder, bundle
+
+
 def channels(folder, series, bundle):
     """A bundle that takes four contrasts at once."""
     shutil.copytree(bundle, folder / bundle.name)
@@ -173,9 +188,10 @@ def channels(folder, series, bundle):
         (two, "has CT Image Storage of 2 studies; name a folder with one."),
         (no_weights, "has no models/model.ts or models/model.pt; download one with weights."),
         (no_bundle, "is no bundle, it has no configs/metadata.json; name another with --model."),
-        (damaged, "can't be read; is it a whole NIfTI file?"),
+        (damaged, "is it a whole NIfTI file?"),
         (several, "has 2 NIfTI files; name one with --input."),
-        (flat, "is no 3D volume, its shape is (8, 8); name one with --input."),
+        (flat, "is not a 3D volume but has 1 channels of 8x8;"),
+        (elsewhere, "has two spacings in its header: 1 x 1 x 1 mm by its affine, 1 x 1 x 3 mm by its pixdim"),
         (channels, "takes scans of 4 channels, this application has one."),
     ],
 )

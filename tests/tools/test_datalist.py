@@ -24,8 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from custom.data.datalist import read_datalist
+from custom.data.loading import LoadLabeld, LoadScand
+from custom.errors import BadInput
 from tools import datalist, datalist_check
 from tools.datalist import Scan, fold_groups, group_keys, inspect_file, main, split
+from tools.studies import damaged
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("DAE_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -130,50 +133,56 @@ def with_value(value: float) -> np.ndarray:
     return array
 
 
-COLOUR = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+# Of `tools.studies.damaged`: name of the file, and how the reason begins.
 REFUSED = {
-    "complex": ("voxel type: complex", nifti(VOXELS.astype(np.complex64))),
-    "colour": ("voxel type: colour", nifti(COLOUR)),
-    "2D": ("not a 3D volume: 2", nifti(VOXELS[0])),
-    "4D": ("not a 3D volume: 4", nifti(np.stack([VOXELS, VOXELS], -1))),
-    "one slice": ("not a 3D volume: an axis", nifti(VOXELS[:, :, :1])),
-    "negative dims": ("not a 3D volume: an axis", nifti(edit=patch("<h", 42, -8))),
-    "zero spacing": ("bad spacing: 0 x", nifti(edit=patch("<f", 80, 0))),
-    "negative spacing": ("bad spacing: -1 x", nifti(edit=patch("<f", 80, -1))),
-    "NaN spacing": ("bad spacing: nan", nifti(edit=patch("<f", 80, float("nan")))),
-    "singular": ("bad affine", nifti(edit=lambda raw: raw.__setitem__(slice(296, 312), raw[280:296]))),
-    "zero affine": ("bad affine", nifti(edit=lambda raw: raw.__setitem__(slice(280, 328), bytes(48)))),
-    "NaN affine": ("bad affine", nifti(edit=patch("<f", 292, float("nan")))),
-    "NaN voxel": ("NaN or infinite voxels", nifti(with_value(np.nan))),
-    "inf voxel": ("NaN or infinite voxels", nifti(with_value(-np.inf))),
-    "too large for float32": ("NaN or infinite voxels", nifti(VOXELS * 1e300)),
-    "constant": ("constant voxels: all are 7", nifti(np.full((8, 9, 10), 7, np.int16))),
-    "wrong magic": ("not a NIfTI file", nifti(edit=patch("<4s", 344, b"xxx\0"))),
-    "half of a pair": ("not a NIfTI file", nifti(edit=patch("<4s", 344, b"ni1\0"))),
-    "text": ("not a NIfTI file", b"no scan at all\n" * 100),
-    "cut header": ("not a NIfTI file", nifti()[:100]),
-    "type unknown": ("bad header", nifti(edit=patch("<h", 70, 9999))),
-    "voxels in header": ("bad header", nifti(edit=patch("<f", 108, 0))),
-    "offset NaN": ("unreadable", nifti(edit=patch("<f", 108, float("nan")))),
-    "offset huge": ("truncated or corrupted", nifti(edit=patch("<f", 108, 1e30))),
-    "huge claim": ("truncated or corrupted", nifti(edit=patch("<3h", 42, 30000, 30000, 30000))),
-    "cut voxels": ("truncated or corrupted", nifti()[:-1]),
+    "complex.nii": "voxel type: complex",
+    "colour.nii": "voxel type: colour",
+    "plane.nii": "not a 3D volume: 2",
+    "series.nii": "not a 3D volume: 4",
+    "slice.nii": "not a 3D volume: an axis",
+    "dims_1.nii": "not a 3D volume: an axis",
+    "spacing_3.nii": "bad spacing: 0 x",
+    "spacing_4.nii": "bad spacing: -1 x",
+    "spacing_0.nii": "bad spacing: nan",
+    "affine_0.nii": "bad affine",
+    "affine_1.nii": "bad affine",
+    "affine_5.nii": "bad affine",
+    "value_0_one.nii.gz": "NaN or infinite voxels",
+    "value_2_one.nii.gz": "NaN or infinite voxels",
+    "slope_3.nii": "NaN or infinite voxels",
+    "constant.nii": "constant voxels: all are -1024",
+    "magic_0.nii": "not a NIfTI file",
+    "magic_1.nii": "not a NIfTI file",
+    "text.nii": "not a NIfTI file",
+    "type_2.nii": "bad header",
+    "offset_0.nii": "bad header",
+    "offset_3.nii": "unreadable",
+    "offset_2.nii": "truncated or corrupted",
+    "dims_3.nii": "truncated or corrupted",
+    "not_packed.nii.gz": "not a NIfTI file: Not a gzipped",
 }
 
 
-@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-@pytest.mark.parametrize("kind", REFUSED)
-def test_refused(tmp_path, kind, suffix):
-    expected, raw = REFUSED[kind]
+@pytest.fixture(scope="module")
+def broken() -> dict[str, bytes]:
+    return {name: content for _, name, content in damaged.contents()}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(tmp_path, broken, name):
+    (tmp_path / name).write_bytes(broken[name])
     started = time.monotonic()
-    assert inspect_file(scan(tmp_path / f"a{suffix}", raw)).reason.startswith(expected)
+    assert inspect_file(tmp_path / name).reason.startswith(REFUSED[name])
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(broken[name], 1))
+    if name.endswith(".nii"):
+        assert inspect_file(tmp_path / f"{name}.gz").reason.startswith(REFUSED[name])
     assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize("kind", ["zero spacing", "singular", "huge claim", "4D", "complex"])
-def test_headers_alone_show_it(tmp_path, kind):
-    expected, raw = REFUSED[kind]
-    assert inspect_file(scan(tmp_path / "a.nii.gz", raw), headers_only=True).reason.startswith(expected)
+@pytest.mark.parametrize("name", ["spacing_3.nii", "affine_1.nii", "dims_3.nii", "series.nii", "complex.nii"])
+def test_headers_alone_show_it(tmp_path, broken, name):
+    (tmp_path / name).write_bytes(broken[name])
+    assert inspect_file(tmp_path / name, headers_only=True).reason.startswith(REFUSED[name])
 
 
 def test_headers_only_does_not_read_voxels(tmp_path):
@@ -202,11 +211,6 @@ def test_damaged_gzip(tmp_path):
     assert inspect_file(tmp_path / "a.nii.gz").reason.startswith("truncated or corrupted: CRC")
     (tmp_path / "a.nii.gz").write_bytes(bytes(raw[:1000]) + bytes(100) + bytes(raw[1100:]))
     assert inspect_file(tmp_path / "a.nii.gz").reason.startswith("truncated or corrupted")
-
-
-def test_not_compressed_despite_its_name(tmp_path):
-    (tmp_path / "a.nii.gz").write_bytes(nifti())
-    assert inspect_file(tmp_path / "a.nii.gz").reason.startswith("not a NIfTI file: Not a gzipped")
 
 
 def test_claim_within_what_gzip_could_hold_ends_at_the_end_of_the_file(tmp_path):
@@ -490,7 +494,8 @@ def test_decathlon_json(tmp_path, capsys):
     assert {e["modality"] for e in found["training"]} == {"ct"}
     assert all("label" not in e for e in found["training"])  # pre-training needs none
     found = run(tmp_path, f"ct={path}", "--validation", "0", "--labels")
-    assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None, None, None]
+    assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None]
+    assert f"Note: 2 'test' entries of {path} have no label and are left out." in capsys.readouterr().out
     del content["test"]
     found = run(tmp_path, decathlon(tmp_path, content))
     assert [e["modality"] for e in found["training"]] == ["t1", "t2"]
@@ -503,7 +508,8 @@ def test_decathlon_json(tmp_path, capsys):
         ("[]", "should hold a JSON object"),
         ({"training": {"0": "a"}}, "'training' is not a list"),
         ({"training": [{"label": "a"}]}, "has no 'image'"),
-        ({"training": [{"image": ["a", "b"], "modality": "ct"}]}, "has no 'image' that is one file name"),
+        ({"training": [{"image": ["a", 1], "modality": "ct"}]}, "has no 'image' that is a file name, or a list"),
+        ({"training": [{"image": ["a", "a"], "modality": "ct"}]}, "a would have one file as two channels by its JSON"),
         ({"training": [{"image": "a\0b", "modality": "ct"}]}, "has no 'image'"),
         ({"training": [{"image": "a.nii", "modality": "CT"}]}, "did you mean `ct`?"),
         ({"training": [{"image": "a.nii", "modality": "ct", "label": 1}]}, "has a 'label' that is not one file name"),
@@ -626,7 +632,7 @@ LABELS_REFUSED = {
     "shape": ("shape (8, 9, 9) is not that of its scan, (8, 9, 10)", nifti(LABEL[..., 1:])),
     "order of axes": ("shape (10, 9, 8) is not", nifti(LABEL.T)),
     "origin": ("its affine puts a corner 0.6 mm from its scan's", nifti(LABEL, edit=patch("<f", 292, 0.6))),
-    "direction": ("its affine puts a corner 16 mm", nifti(LABEL, np.diag([-1.0, 2.0, 3.0, 1.0]))),
+    "direction": ("its affine puts a corner 7 mm", nifti(LABEL, np.diag([-1.0, 2.0, 3.0, 1.0]))),
     "fraction": ("a voxel is 0.5, not a whole number", nifti(LABEL.astype(np.float32) / 2)),
     "negative": ("a voxel is -1, not a whole number", nifti(LABEL.astype(np.int16) - 1)),
     "scaled": ("a voxel is 1.5, not a whole number", nifti(LABEL, edit=patch("<2f", 112, 1.5, 0))),
@@ -648,6 +654,16 @@ def test_refused_label(tmp_path, kind, monkeypatch):
     assert (report.shape, report.spacing) == ((8, 9, 10), (1, 2, 3))
     in_header = kind in ("shape", "order of axes", "origin", "direction", "4D", "text")
     assert inspect_file(path, headers_only=True, label=str(label)).reason == (report.reason if in_header else "")
+
+
+@pytest.mark.parametrize("axes", ["LPS", "SRA", "PIR"])
+def test_a_label_in_another_order_of_the_axes_is_taken_as_in_training(tmp_path, axes):
+    turn = nib.orientations.ornt_transform(nib.io_orientation(np.eye(4)), nib.orientations.axcodes2ornt(axes))
+    label = nib.Nifti1Image(LABEL, np.diag([1.0, 2.0, 3.0, 1.0])).as_reoriented(turn)
+    files = {"image": str(scan(tmp_path / "a.nii")), "label": str(scan(tmp_path / "b.nii", label.to_bytes()))}
+    assert inspect_file(files["image"], label=files["label"]).reason == ""
+    loaded = LoadLabeld("label", "abcd")(LoadScand("image")(files))["label"]
+    assert np.array_equal(loaded[0].numpy(), LABEL)
 
 
 def test_origin_far_away_gets_no_further_tolerance(tmp_path):
@@ -723,6 +739,104 @@ def test_labels_of_a_json(tmp_path, capsys):
     for file in tmp_path.glob("out*"):
         file.unlink()
     assert "two labels" in fails(capsys, tmp_path, path, again, *BTCV)
+
+
+# --- several channels ---------------------------------------------------------------------------------------------
+
+CONTRASTS = np.stack([np.roll(VOXELS, shift, 0).clip(0) for shift in range(3)], -1)
+
+
+def one_file(tmp_path: Path) -> list:
+    """As the Medical Segmentation Decathlon has them: 4D, and a test without labels."""
+    for n in range(4):
+        scan(tmp_path / "set" / "imagesTr" / f"BRATS_{n}.nii.gz", nifti(np.roll(CONTRASTS, n, 1)))
+        scan(tmp_path / "set" / "labelsTr" / f"BRATS_{n}.nii.gz", nifti(LABEL))
+    cases = [{"image": f"./imagesTr/BRATS_{n}.nii.gz", "label": f"./labelsTr/BRATS_{n}.nii.gz"} for n in range(4)]
+    return [f"t1={decathlon(tmp_path, {'training': cases, 'test': ['./imagesTs/BRATS_9.nii.gz']})}", "--labels"]
+
+
+def files_in_folders(tmp_path: Path) -> list:
+    """As BraTS has them; with a contrast in another order of its axes."""
+    for n in range(4):
+        for number, contrast in enumerate(("t1", "t1ce", "flair")):
+            image = nib.Nifti1Image(np.roll(CONTRASTS[..., number], n, 1), np.diag([1.0, 2.0, 3.0, 1.0]))
+            image = image.as_reoriented([[1, -1], [0, 1], [2, 1]]) if number == 2 else image
+            scan(tmp_path / "set" / f"case_{n:02}" / f"case_{n:02}_{contrast}.nii.gz", image.to_bytes())
+        scan(tmp_path / "set" / f"case_{n:02}" / f"case_{n:02}_seg.nii.gz", nifti(LABEL))
+    return [f"t1={tmp_path}/set", "--channels", "_t1.=_t1ce.", "_t1.=_flair.", "--labels", "_t1.=_seg."]
+
+
+def files_in_a_list(tmp_path: Path) -> list:
+    files_in_folders(tmp_path)
+    cases = [
+        {name: [f"case_{n:02}/case_{n:02}_{part}.nii.gz" for part in parts] for name, parts in
+         {"image": ("t1", "t1ce", "flair")}.items()} | {"label": f"case_{n:02}/case_{n:02}_seg.nii.gz"}
+        for n in range(4)
+    ]  # fmt: skip
+    return [f"t1={decathlon(tmp_path, {'training': cases})}", "--labels"]
+
+
+@pytest.mark.parametrize("kind", [one_file, files_in_folders, files_in_a_list])
+def test_several_channels_are_listed_as_training_reads_them(tmp_path, capsys, kind):
+    arguments = kind(tmp_path)
+    given = [] if kind is files_in_folders else ["--in_channels", "3"]
+    found = run(tmp_path, *arguments, *given, "--folds", "2")
+    printed = capsys.readouterr().out
+    assert "in 4 scans" in printed and printed.rstrip().endswith("out.json --in_channels 3")
+    assert len(found["training"]) == len(found["validation"]) == 2
+    for section, fold in (("training", 0), ("validation", 0)):
+        for item in read_datalist(tmp_path / "out.json", section, tmp_path, labelled=True, fold=fold):
+            number = int(re.search(r"(\d+)(_t1)?\.nii", item["case"])[1])
+            image = LoadLabeld("label", "abcd")(LoadScand("image", 3)(item))["image"]
+            assert np.array_equal(image.numpy(), np.moveaxis(np.roll(CONTRASTS, number, 1), -1, 0))
+    rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
+    assert [row["shape"] for row in rows] == ["8x9x10x3"] * 4
+    for file in tmp_path.glob("out*"):
+        file.unlink()
+    wrong = fails(capsys, tmp_path, *arguments, "--in_channels", "2")
+    assert "do not agree" in wrong or "None of the 4 files can be used" in wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda file: file.unlink(), "no channel 2: "),
+        (lambda file: scan(file, nifti(CONTRASTS[:4, ..., 1])), "shape (4, 9, 10) is not that of its first channel"),
+        (lambda file: scan(file, nifti(CONTRASTS[..., 1], np.diag([1, 2, 4.0, 1]))), "affine puts a corner 10 mm"),
+        (lambda file: scan(file, nifti(CONTRASTS[..., 1] * 0)), "constant voxels: all are 0"),
+        (lambda file: scan(file, nifti(CONTRASTS)), "not a 3D volume: 4 dimensions, 3 volumes"),
+        (lambda file: scan(file, nifti(with_value(np.nan))), "NaN or infinite voxels"),
+    ],
+    ids=["missing", "shape", "place", "constant", "4D", "NaN"],
+)
+def test_a_channel_that_does_not_fit_refuses_the_scan_as_training_does(tmp_path, change, told):
+    arguments = files_in_folders(tmp_path)
+    file = tmp_path / "set/case_01/case_01_t1ce.nii.gz"
+    change(file)
+    found = run(tmp_path, *arguments)
+    assert len(found["training"] + found["validation"]) == 3
+    (reason,) = (row["reason"] for row in csv.DictReader((tmp_path / "out_report.csv").open()) if row["reason"])
+    assert told in reason and str(file) in reason
+    files = [str(file).replace("t1ce", name) for name in ("t1", "t1ce", "flair")]
+    with pytest.raises(BadInput, match="case_01_t1ce"):
+        LoadScand("image", 3)({"image": files})
+
+
+def test_a_volume_of_4d_that_is_constant_is_refused(tmp_path):
+    path = scan(tmp_path / "a.nii.gz", nifti(CONTRASTS * np.array([1, 0, 1], np.int16)))
+    assert inspect_file(path, channels=3).reason == "constant voxels: all of channel 2 are 0"
+    with pytest.raises(BadInput, match="same value 0 everywhere in one channel"):
+        LoadScand("image", 3)({"image": str(path)})
+
+
+def test_channels_that_do_not_agree(tmp_path, capsys):
+    arguments = files_in_folders(tmp_path)
+    assert "--in_channels 2 and the 3 files" in fails(capsys, tmp_path, *arguments, "--in_channels", "2")
+    assert "Pre-training takes one channel" in fails(capsys, tmp_path, *arguments[:-2])
+    arguments[0] += "/*/*_t1.nii.gz"
+    assert "no '_T1.' to replace" in fails(capsys, tmp_path, *arguments, "--channels", "_T1.=_t2.")
+    same = fails(capsys, tmp_path, *arguments, "--channels", "case_=case_")
+    assert "would have one file as two channels by --channels" in same
 
 
 # --- whose scans, and what is in them ----------------------------------------------------------------------------

@@ -40,6 +40,15 @@ LAYOUTS = {
     "people": [[f"{p}/{s}.nii.gz" for s in ("first", "second")] for p in ("ada", "grace", "mary")],
     "words with blanks": [[f"Subject {p}/Scan {s}.nii" for s in (1, 2)] for p in (1, 2)],
     "LUNA16": [[f"subset{p % 2}/1.3.6.1.4.1.14519.5.2.1.6279.6001.{p}77.nii.gz"] for p in range(9)],
+    "OASIS-3": [[f"OAS3000{p}_MR_d0{d}/anat{d}/sub-OAS3000{p}_ses-d0{d}_T1w.nii.gz" for d in (1, 2)] for p in (1, 2)],
+    "autoPET": [
+        [f"PETCT_{p}/{d}-NA-PET/CTres.nii.gz" for d in ("02-09-2003", "05-02-2004")]
+        for p in ("0011f3deaf", "01140d52d8", "a83bb1e2f7", "dead34beef")
+    ],
+    "pseudonyms": [[f"{p}_{s}.nii.gz" for s in (1, 2)] for p in ("x7k2", "b1q9z", "40c2")],
+    "PI-CAI": [[f"{p}/{p}_{s}_t2w.nii.gz" for s in (1000000, 1000001)] for p in (10000, 10001)],
+    "UK Biobank": [[f"{p}_20252_{visit}_0.nii.gz" for visit in (2, 3)] for p in (1000012, 1000025, 1000031)],
+    "two sides": [[f"knee_{p:03}_{side}.nii.gz" for side in ("left", "right")] for p in (1, 2, 3)],
     "sites": [[f"site{s}/{p:02}.nii.gz"] for s in (1, 2) for p in range(9)],
     "MSD": [[f"imagesTr/hippocampus_{p:03}.nii.gz"] for p in (1, 3, 204)],
     "BTCV": [[f"imagesTr/img{p:04}.nii.gz"] for p in (1, 2, 35)],

@@ -89,6 +89,13 @@ def test_an_entry_that_lacks_what_others_have_is_not_dropped(tmp_path, cases):
         read_datalist(written(tmp_path, {"training": cases}), "training", tmp_path, labelled=True)
 
 
+def test_a_case_to_validate_counts_once(tmp_path, cases):
+    listed = written(tmp_path, {"training": [cases[0], cases[0]], "validation": [*cases[1:], cases[1]]})
+    assert len(read_datalist(listed, "training", tmp_path)) == 2  # as one weighs a case
+    with pytest.raises(BadInput, match='entry 3 of "validation" is listed twice'):
+        read_datalist(listed, "validation", tmp_path)
+
+
 def test_a_section_without_folds_is_told(tmp_path, cases, caplog):
     del cases[3]["fold"]
     listed = written(tmp_path, {"training": cases[:3], "validation": cases[3:]})
@@ -165,15 +172,14 @@ def test_a_scan_on_both_sides_is_found(kind, tmp_path):
         both(tmp_path, *kind(tmp_path))
 
 
-def test_a_validation_on_what_is_trained_on_is_told(tmp_path, cases, caplog):
-    listed = written(tmp_path, {"training": cases, "validation": cases[2:]})
-    assert (
-        len(read_datalist(listed, "validation", tmp_path)) == 2
-        and len(read_datalist(listed, "training", tmp_path)) == 4
-    )
-    assert caplog.text.count("all 2 scans to validate are trained on too") == 1
-    with pytest.raises(BadInput, match='case2.nii of "training" and case2.nii of "validation" are one file'):
-        read_datalist(written(tmp_path, {"training": cases[:3], "validation": cases[2:]}), "training", tmp_path)
+@pytest.mark.parametrize("training, validation", [((0, 1, 2, 3), (2, 3)), ((0, 1, 2), (2, 3)), ((0, 1), (0, 1))])
+def test_a_validation_on_what_is_trained_on_is_refused_unless_it_is_meant(training, validation, tmp_path, cases):
+    sides = [[cases[number] for number in numbers] for numbers in (training, validation)]
+    listed = written(tmp_path, dict(zip(("training", "validation"), sides, strict=True)))
+    for section, entries in zip(("training", "validation"), sides, strict=True):
+        with pytest.raises(BadInput, match=r'case\d.nii of "\w+" and case\d.nii of "\w+" are one file'):
+            read_datalist(listed, section, tmp_path)
+        assert len(read_datalist(listed, section, tmp_path, apart=False)) == len(entries)
 
 
 def test_scans_that_differ_in_their_last_voxel_are_two(tmp_path):
@@ -239,6 +245,14 @@ def test_a_folder_is_searched_by_the_rule_of_all_tools(tmp_path):
     found = find_scans(str(folder))
     assert [item["case"] for item in found] == ["a.nii", "b.nii.gz"]
     assert [item["image"] for item in found] == [str(folder / "a.nii"), str(folder / "b.NII.GZ")]
+
+
+def test_outputs_beside_their_scans_are_no_scans(tmp_path, caplog):
+    for name in ("a.nii.gz", "a_seg.nii.gz", "a_restored.nii", "b_seg.nii", "c.nii"):
+        scan(tmp_path / name)
+    assert [item["case"] for item in find_scans(str(tmp_path))] == ["a.nii.gz", "b_seg.nii", "c.nii"]
+    assert "a_restored.nii and 1 more are named as outputs, and left out" in caplog.text
+    assert len(find_scans([str(tmp_path / "a.nii.gz"), str(tmp_path / "a_seg.nii.gz")])) == 2  # as they were named
 
 
 def test_scans_of_one_name_are_told_apart(tmp_path):

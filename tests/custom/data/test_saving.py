@@ -12,8 +12,10 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, SaveImage
 
 from custom.data.datalist import find_scans
+from custom.data.loading import LoadScand
 from custom.data.nifti import PLACE
-from custom.data.saving import PlaceWriter
+from custom.data.saving import MARK, PlaceWriter, name_by_case
+from custom.errors import BadInput
 from tests.conftest import SEGMENTATION
 
 BTCV, FETA = SEGMENTATION
@@ -126,7 +128,7 @@ def test_a_label_map_has_the_scan_s_place(kind, pixdim_mm, segment, tmp_path):
     label_map = segment(FETA, scan, tmp_path, pixdim_mm=pixdim_mm)
     assert_on_scan(label_map, scan)
     saved = nibabel.load(label_map)
-    assert saved.get_data_dtype() == np.uint8 and not bytes(saved.header["descrip"]).strip(b"\0")
+    assert saved.get_data_dtype() == np.uint8 and saved.header["descrip"].item() == MARK
     if pixdim_mm is None:
         voxels = nibabel.load(scan).get_fdata()
         normalised = voxels - voxels.mean()
@@ -184,6 +186,47 @@ def test_what_is_not_on_the_scan_is_not_saved(tmp_path):
     meta = {"place": place, "affine": torch.as_tensor(image.affine) * 2}
     with pytest.raises(RuntimeError, match="is not on its scan"):
         SaveImage(tmp_path, writer=PlaceWriter, print_log=False)(MetaTensor(torch.zeros(1, *SHAPE), meta=meta))
+
+
+CASES = {"p1/t2.nii.gz": "p1/t2", "a/../b.nii": "b", "..c.nii.gz": "..c", "./d, e.nii": "d, e", "": "x"}
+
+
+@pytest.mark.parametrize(
+    "case", [*CASES, "/elsewhere/x.nii.gz", "../x.nii.gz", "a/../../x.nii", "..", "../out/../x.nii"]
+)
+def test_a_case_is_saved_in_the_output_folder_whatever_its_name(case, tmp_path):
+    out = tmp_path / "out"
+    save = SaveImage(out, "seg", separate_folder=False, data_root_dir=".", output_name_formatter=name_by_case,
+                     writer=PlaceWriter, print_log=False)  # fmt: skip
+    save(MetaTensor(torch.zeros(1, *SHAPE), meta={"case": case, "filename_or_obj": str(tmp_path / "in/x.nii.gz")}))
+    (saved,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert saved == out / f"{CASES.get(case, f'{tmp_path}/in/x'.lstrip('/'))}_seg.nii.gz"
+
+
+def test_what_somebody_else_wrote_is_not_overwritten_and_a_link_leads_nowhere(tmp_path):
+    (tmp_path / "out").mkdir()
+    scan, label = (write(tmp_path / f"{name}.nii.gz", *HEADERS["neither"]) for name in ("scan", "label"))
+    save = SaveImage(tmp_path / "out", "seg", separate_folder=False, data_root_dir=".", writer=PlaceWriter,
+                     output_name_formatter=name_by_case, print_log=False)  # fmt: skip
+    meta = LoadScand("image")({"image": str(scan), "case": "scan.nii.gz"})["image"].meta
+    saved, ours = tmp_path / "out/scan_seg.nii.gz", tmp_path / "ours.nii.gz"
+    before = label.read_bytes()
+    for make in (saved.symlink_to, saved.hardlink_to):
+        make(label)
+        with pytest.raises(RuntimeError, match="scan_seg.nii.gz is there already and was not written by this program"):
+            save(MetaTensor(torch.zeros(1, *SHAPE), meta=meta))
+        saved.unlink()
+    assert label.read_bytes() == before
+    for value in (0, 1):
+        save(MetaTensor(torch.full((1, *SHAPE), float(value)), meta=meta))
+        assert (nibabel.load(saved).get_fdata() == value).all()
+    saved.rename(ours)
+    saved.symlink_to(ours)
+    save(MetaTensor(torch.zeros(1, *SHAPE), meta=meta))
+    assert nibabel.load(ours).get_fdata().all() and not nibabel.load(saved).get_fdata().any()
+    (tmp_path / "out/p1").symlink_to(tmp_path)
+    with pytest.raises(BadInput, match=f"p1/scan.nii.gz would be written to {tmp_path}, by a link in"):
+        save(MetaTensor(torch.zeros(1, *SHAPE), meta={**meta, "case": "p1/scan.nii.gz"}))
 
 
 def test_a_restored_volume_has_the_scan_s_place(tmp_path):

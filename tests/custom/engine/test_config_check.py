@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from custom.engine.config_check import arguments_of, check_ids, check_patch_size, check_paths, unused_ids
+from custom.engine.config_check import arguments_of, check_ids, check_patch_size, check_paths, check_values, unused_ids
 from custom.errors import BadInput
 
 CONFIG = {
@@ -65,6 +65,15 @@ def test_paths_that_are_not_what_was_typed(config, told):
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["@home", "$x"])
+def test_a_folder_that_monai_takes_for_an_expression(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    check_paths({"dataset_dir": f"./{name}", "output_dir": f"{name}/new"})
+    with pytest.raises(BadInput, match=r"`dataset_dir` is .*; write it as \./"):
+        check_paths({"dataset_dir": name})
+
+
 def test_a_path_that_has_two_colons_and_is_there(tmp_path):
     (tmp_path / "a::b").mkdir()
     check_paths({"dataset_dir": str(tmp_path / "a::b"), "checkpoint": "@other::id"})
@@ -79,3 +88,31 @@ def test_arguments_of_our_classes_are_those_of_their_bases_too():
     Ours.__module__ = "custom.somewhere"
     assert {"colour", "in_features", "bias"} <= arguments_of(Ours) and "color" not in arguments_of(Ours)
     assert arguments_of(torch.nn.Linear) >= {"in_features"} and "lr" in arguments_of(torch.optim.AdamW)
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("labels", ["$@names", ["a", "b"]], ["spleen", ["a"], ["a", "b", "b"], {"a": 0, "b": 1}, [0, 1]]),
+        (
+            "pixdim_mm",
+            [None, [], [1, 1.5, 2]],
+            [1.5, [1.5, 2], [1, 1, -2], [0, 1, 1], [0.01] * 3, ["1", 1, 1], [float("nan")] * 3],
+        ),
+        ("max_epochs", [1, "$@max_iterations // 3"], [0, -1, 1.5, "ten", True]),
+        ("feature_size", [12, 48], [13, 0, 24.0]),
+        ("num_workers", [0, 2], [-1, 0.5]),
+        ("seed", [0, 2**32 - 1], [-1, 2**32, 0.5]),
+        ("learning_rate", [0, 1e-4], [-1, "1e-4x", float("nan")]),
+        ("overlap", [0, 0.5], [1, 50, -0.1]),
+        ("cache_rate", [0, 1.0], [7, -1]),
+        ("modality", ["ct", "t1ce"], ["CT", 3, ["ct"]]),
+        ("resume", [True, 0], ["no", "False", 2]),
+    ],
+)
+def test_values_that_make_no_sense(name, right, wrong):
+    for value in right:
+        check_values({name: value})
+    for value in wrong:
+        with pytest.raises(BadInput, match=f"`{name}` is .*, and should be "):
+            check_values({name: value})

@@ -130,6 +130,16 @@ def test_what_would_change_a_run_is_refused_with_both_values(run, tmp_path, monk
     assert len(run(**{**settings, **change, "resume": False})) == 1
 
 
+@pytest.mark.parametrize("lost", ["configs/train.json", "run.json"])
+def test_a_run_that_does_not_say_what_it_was_started_with_does_not_go_on(lost, run, tmp_path):
+    run()
+    (tmp_path / "run" / lost).unlink()
+    with pytest.raises(RuntimeError) as caught:
+        run(learning_rate=0.5)
+    assert isinstance(caught.value.__cause__, BadInput) and lost in str(caught.value.__cause__)
+    assert len(run(learning_rate=0.5, resume=False)) == 1
+
+
 def test_data_that_moved_and_other_processes_at_work(run, tmp_path, monkeypatch):
     run()
     (tmp_path / "moved.json").write_text("{}")

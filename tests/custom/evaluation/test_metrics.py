@@ -1,3 +1,5 @@
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -46,22 +48,23 @@ def test_a_class_that_is_missed_is_no_number():
 
 
 def test_report_has_a_row_for_each_case_and_a_column_for_each_class(tmp_path, capsys):
-    cases = [("a.nii.gz", 0), ("b.nii.gz", 2)]
+    cases, labels = [("a.nii.gz", 0), ('b, "c".nii.gz', 2)], ["background", "square, left", "dot", "absent"]
     engine = Engine(lambda engine, batch: [{"pred": label_map(shift=batch[0]["shift"]), "label": label_map()}])
     both = {"output_transform": lambda output: ([output[0]["pred"]], [output[0]["label"]])}
     IgniteMetricHandler(HausdorffDistance(4), **both).attach(engine, "hausdorff_mm")
-    SegmentationReport(str(tmp_path), LABELS).attach(engine)
+    SegmentationReport(str(tmp_path), labels).attach(engine)
     engine.run([[{"case": case, "shift": shift}] for case, shift in cases])
-    rows = [line.split(",") for line in (tmp_path / "hausdorff_mm_raw.csv").read_text().splitlines()]
-    assert rows[0] == ["filename", "square", "dot", "absent", "mean"]
-    assert [row[0] for row in rows[1:]] == ["a.nii.gz", "b.nii.gz"]
+    rows = list(csv.reader((tmp_path / "hausdorff_mm_raw.csv").open()))
+    assert rows[0] == ["filename", "square, left", "dot", "absent", "mean"]
+    assert [row[0] for row in rows[1:]] == ["a.nii.gz", 'b, "c".nii.gz']
+    assert [row[0] for row in csv.reader((tmp_path / "hausdorff_mm_summary.csv").open())][1:3] == labels[1:3]
     assert [float(value) for value in rows[2][1:3]] == [2, 0] and rows[2][3] == "nan" and float(rows[2][4]) == 1
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "summary.md").open()]
     assert table[0] == ["class", "hausdorff_mm", ""] or table[0][:2] == ["class", "hausdorff_mm"]
     body = {row[0]: row[1] for row in table[2:]}
     # Mean over cases of 0 and 2, of 0 and 0, of none; of the classes' means 1 and 0; of the cases' own means 0 and 1.
     means = {"**mean over classes**": "0.500 ± 0.500", "**mean over cases**": "0.500 ± 0.500"}
-    assert body == {"square": "1.000 ± 1.000", "dot": "0.000 ± 0.000", "absent": "-", **means}
+    assert body == {"square, left": "1.000 ± 1.000", "dot": "0.000 ± 0.000", "absent": "-", **means}
     assert "| square" in capsys.readouterr().out
 
 
