@@ -167,7 +167,8 @@ def test_formats(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("shear", "sheared axes"), ("forms", "qform and sform disagree"), ("none", "neither qform nor sform"),
+        ("shear", "sheared axes"), ("forms", "qform and sform disagree"), ("spacings", "two spacings"),
+        ("none", "neither qform nor sform"),
         ("nan", "NaN or infinite voxels"), ("4d", "not a 3D volume: 4 dimensions"), ("short", "truncated or corrupted"),
         ("complex", "voxel type: complex"), ("huge", "truncated or corrupted"), ("mask", "label map, by its name"),
         ("mouse", "animal or specimen, by its name"), ("phantom", "phantom, by its name"), ("zero", "bad spacing"),
@@ -207,8 +208,9 @@ def test_a_file_that_is_no_volume_to_train_on(tmp_path, change, reason):
             sheared[0, 2] = 1.0
             file.set_sform(sheared, 1)
             file.set_qform(None, 0)
-        if change == "forms":
-            file.set_sform(np.diag([3.0, 3, 6, 1]), 1)
+        if change in ("forms", "spacings"):
+            turned = np.array([[0, 3.0, 0, 0], [-3, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+            file.set_sform(turned if change == "forms" else np.diag([3.0, 3, 6, 1]), 1)
             file.set_qform(affine, 1)
         if change == "none":
             file.set_sform(None, 0)
