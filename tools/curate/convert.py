@@ -309,8 +309,9 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
     notes = []
     if path.lower().endswith((".nii", ".nii.gz")):
         reason = inspect_file(path, headers_only=True).reason  # the check of every data list
-        if reason:
-            raise Refused(re.sub(r"ImageFileError.*|HeaderDataError.*", "", reason))
+        if reason:  # libraries' own words may hold the path
+            own = re.match(r"not a 3D|voxel type|bad spacing|bad affine|bad header: it", reason)
+            raise Refused(reason if own else reason.partition(":")[0])
     image = nibabel.load(path)
     if type(image) not in (
         nibabel.Nifti1Image,
@@ -332,6 +333,8 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
         raise Refused("colour or complex voxels")
     _plausible(path, shape, image.get_data_dtype().itemsize, rules)
     affine = np.array(image.affine, float)
+    if kind == "mgh" and not image.header["goodRASFlag"]:
+        raise Refused("it does not say how it lies")
     if kind == "nifti":
         header = image.header
         qform, sform = image.get_qform(coded=True), image.get_sform(coded=True)

@@ -60,14 +60,14 @@ def stacks(files: Iterable[tuple[str, dict[str, Any]]], rules: Rules, pseudonyms
         if record.get("reason"):
             left_out[record["reason"]].append((file, record))
             continue
-        head = (record["patient"], record["number"], record["modality"], tuple(record["type"]), record["mosaic"])
+        head = (record["patient"], record["number"], record["modality"], record["type"], record["mosaic"])
         same = (*head, record["instance"])
         if record["instance"] and known.setdefault(same, file) != file:
             copies[head].append((known[same], file))
             continue
         for frame in record["frames"]:
             spacing = tuple(round(s, 3) for s in frame["spacing"] or ())
-            kinds = (tuple(frame["kinds"]), frame["component"], frame["echo"], frame["b"], frame["stack"])
+            kinds = (frame["kinds"], frame["component"], frame["echo"], frame["b"], frame["stack"])
             key = (*head, *kinds, _axis(frame["orientation"], axes))
             groups[key].append((file, record, frame, (tuple(record["size"]), spacing)))
 

@@ -176,7 +176,7 @@ def test_formats(tmp_path):
         ("nrrd-bare", "no spacing in its header"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_volume_to_train_on(tmp_path, change, reason):
+def test_a_file_that_is_no_volume_to_train_on(tmp_path, in_process, change, reason):
     values = body(2).transpose(2, 1, 0).astype(np.float32) - 1024
     affine, name = np.diag([3.0, 3, 3, 1]), "x.nii"
     (tmp_path / "in").mkdir()
@@ -290,7 +290,7 @@ def test_the_list_is_one_that_tools_and_training_take(tmp_path):
         (["SET", "EMPTY"], "None of the 0"),
     ],
 )
-def test_what_cannot_be_right_is_told_in_one_sentence(tmp_path, capsys, arguments, sentence):
+def test_what_cannot_be_right_is_told_in_one_sentence(tmp_path, in_process, capsys, arguments, sentence):
     write_series(tmp_path / "in")
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
