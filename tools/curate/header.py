@@ -293,7 +293,7 @@ def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
         size=[int(get("Columns") or 0), int(get("Rows") or 0)],
         type=pseudonyms("type", *types, get("ConvolutionKernel")),  # codes may be anything, and a name too
         number=int(_number(get("SeriesNumber")) or 0),
-        modality_tags=_parameters(dataset, shared),
+        modality_tags=_parameters(dataset, shared, _first(dataset, "PerFrameFunctionalGroupsSequence")),
         padding=_number(get("PixelPaddingValue")) if get("PixelPaddingValue") is not None else None,
         lossy=str(dataset.file_meta.get("TransferSyntaxUID", "")) in LOSSY,
         mosaic=mosaic,
@@ -312,10 +312,10 @@ LOSSY = {
 }  # fmt: skip
 
 
-def _parameters(dataset: Dataset, shared: Dataset) -> dict[str, Any]:
-    """Return the sequence's parameters, in ms and degrees, of classic and of enhanced images."""
-    timing, echo = _first(shared, "MRTimingAndRelatedParametersSequence"), _first(shared, "MREchoSequence")
-    modifier = _first(shared, "MRModifierSequence")
+def _parameters(dataset: Dataset, shared: Dataset, frame: Dataset) -> dict[str, Any]:
+    """Return the sequence's parameters, in ms and degrees, of classic and of enhanced images (their first frame)."""
+    names = ("MRTimingAndRelatedParametersSequence", "MREchoSequence", "MRModifierSequence")
+    timing, echo, modifier = (_first(shared, name) or _first(frame, name) for name in names)
     agent = str(dataset.get("ContrastBolusAgent") or "").strip().casefold()
     none = agent in ("", "none", "no", "n", "0", "no contrast", "without", "-")
     sequence = _kept(dataset.get("ScanningSequence"))

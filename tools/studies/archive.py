@@ -26,7 +26,7 @@ from tqdm import tqdm
 from tools._cli import ROOT, tool
 
 SLICES, SIDE, MM = 12, 48, 3.0
-KILLS = (1 / 3, 2 / 3)  # of the volumes are made when the run is killed
+KILLS = (1 / 3, 2 / 3)  # shares of the volumes that are made when the run is killed
 NUMBER = b"10000000"  # stands for the number of the series in the template of a slice
 
 
@@ -35,8 +35,9 @@ def template(number: int) -> bytes:
     image = pydicom.Dataset()
     image.file_meta = pydicom.dataset.FileMetaDataset()
     root, text = "1.2.826.0.1.3680043.10.1", NUMBER.decode()
-    image.SOPClassUID = image.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = f"{root}.{text}.3.{number + 1}"
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = CTImageStorage
+    image.SOPInstanceUID = f"{root}.{text}.3.{number + 1}"
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
     image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     image.StudyInstanceUID, image.SeriesInstanceUID = f"{root}.{text}.1", f"{root}.{text}.2"
     image.PatientID, image.Modality, image.ImageType = f"P{text}", "CT", ["ORIGINAL", "PRIMARY", "AXIAL"]
@@ -89,10 +90,10 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
         process.wait()
 
 
-def watch(process: subprocess.Popen, until: Callable[[], bool]) -> tuple[float, float]:
-    """Wait for an end; return the processors' time in seconds and the peak of the memory in GB, of a session."""
+def watch(process: subprocess.Popen, out: Path, most: float) -> tuple[float, float]:
+    """Wait for the end or so many volumes; return the processors' seconds and the peak memory in GB, of a session."""
     peak, spent = 0, {}
-    while process.poll() is None and not until():
+    while process.poll() is None and len(volumes(out)) < most:
         memory = 0
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
@@ -119,16 +120,14 @@ def run(options: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "tools.curate", str(out), str(archive), "--workers", str(options.workers)]
     seconds = cpu_s = peak_gb = 0.0
     made: dict[str, int] = {}
-    for share in (*KILLS, None):
+    for share in (*KILLS, np.inf):
         start = time.monotonic()
         with started(command, log) as process:
-            enough = share and share * options.series
-            spent, gb = watch(process, lambda enough=enough: bool(enough) and len(volumes(out)) >= enough)
-            killed = process.poll() is None
-        seconds, cpu_s, peak_gb = seconds + time.monotonic() - start, cpu_s + spent, max(peak_gb, gb)
-        how = "killed" if killed else "ended"
-        print(f"{how} with {len(volumes(out))} volumes after {time.monotonic() - start:.0f} s")
-        made |= {} if share is None else {name: made.get(name, stamp) for name, stamp in volumes(out).items()}
+            spent, gb = watch(process, out, share * options.series)
+        took_s = time.monotonic() - start
+        seconds, cpu_s, peak_gb = seconds + took_s, cpu_s + spent, max(peak_gb, gb)
+        made = volumes(out) | made if share < 1 else made  # each with the time that it was first seen with
+        print(f"{'killed' if share < 1 else 'ended'} after {took_s:.0f} s with {len(volumes(out))} volumes")
     with open(out / "report.csv", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     last = volumes(out)
