@@ -185,9 +185,10 @@ def _dcm2niix(paths: list[str], folder: Path, clean: bool, bare: bool, timeout_s
     # No side file (it would hold dates), no compression, no cropping, the values that the headers' rescaling gives.
     options = ["-b", "n", "-z", "n", "-x", "n", "-p", "n", "-m", "y", "-f", "volume", "-o"]
     try:
+        # Its words are read and dropped: without a pipe, waiting with a time limit looks every 50 ms only.
         subprocess.run(
-            [dcm2niix.bin, *options, str(made), str(given)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, timeout=timeout_s, check=False,
+            [dcm2niix.bin, *options, str(made), str(given)], stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=timeout_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise Refused(f"the converter took longer than timeout_s = {timeout_s:g}") from error

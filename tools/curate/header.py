@@ -234,13 +234,16 @@ def _numbers(value: Any, count: int) -> list[float] | None:
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
+NOTHING = Dataset()
+
+
 def _first(dataset: Dataset, name: str) -> Dataset:
     """Return the first item of a sequence, an empty one if there is none."""
     try:
-        sequence = dataset.get(name)
-        return sequence[0] if sequence else Dataset()
+        sequence = dataset.get(name) if len(dataset) else None
+        return sequence[0] if sequence else NOTHING
     except (TypeError, IndexError, AttributeError):
-        return Dataset()
+        return NOTHING
 
 
 def _kept(value: Any) -> list[str]:
@@ -299,7 +302,7 @@ def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
         mosaic=mosaic,
         frames=[],
     )
-    groups = list(frames) if frames is not None and len(frames) else [Dataset()] * count
+    groups = list(frames) if frames is not None and len(frames) else [NOTHING] * count
     for index, own in enumerate(groups[:count]):
         frame = _frame(dataset, shared, own, index)
         record["frames"].append({**frame, "kinds": pseudonyms("type", *frame["kinds"])})
@@ -337,8 +340,10 @@ def _parameters(dataset: Dataset, shared: Dataset, frame: Dataset) -> dict[str, 
 def _frame(dataset: Dataset, shared: Dataset, own: Dataset, index: int) -> dict[str, Any]:
     """Return place, echo, phase and time of one image, from its own, the shared or the file's attributes."""
 
+    groups = [group for group in (own, shared) if len(group)]
+
     def one(sequence: str, name: str) -> Any:
-        for group in (own, shared):
+        for group in groups:
             value = _first(group, sequence).get(name)
             if value is not None:
                 return value
