@@ -86,14 +86,14 @@ HEADERS = {
     "no bits": (without("BitsStored"), "pixel data"),
     "odd character set": (setting(SpecificCharacterSet="ISO_IR 4711"), ""),
     "words as slope": (raw("RescaleSlope", b"Planted "), "damaged header"),
-    "words as position": (raw("ImagePositionPatient", b"Planted\\1\\2 "), "damaged header"),
+    "words as position": (raw("ImagePositionPatient", b"Planted\\1\\2 "), "no position or orientation"),
     "two slopes": (raw("RescaleSlope", b"1\\2 "), "damaged header"),
     "billions of frames": (setting(NumberOfFrames=2**31 - 1), "another number of frames"),
     "frames below zero": (setting(NumberOfFrames=-3), "another number of frames"),
     "two frames": (setting(NumberOfFrames=2), "pixel data"),
     "no spacing": (setting(PixelSpacing=[0, 0]), "no pixel spacing above 0"),
     "no direction": (setting(ImageOrientationPatient=[0, 0, 0, 0, 0, 0]), "not orthogonal"),
-    "one place": (setting(ImagePositionPatient=[0, 0, 0]), "4D"),
+    "one place": (setting(ImagePositionPatient=[0, 0, 0]), "doubled slices"),
     "MONOCHROME1": (setting(PhotometricInterpretation="MONOCHROME1"), ""),
     "signed": (signed, ""),
     "32 bits": (of_32_bits, ""),
@@ -313,12 +313,8 @@ def test_no_reason_or_library_tells_a_name(tmp_path, curated, capfd, plant):
 
 def test_a_volume_that_does_not_say_how_it_lies(tmp_path, curated):
     (tmp_path / "a").mkdir()
-    header = nibabel.freesurfer.mghformat.MGHHeader()
-    header["goodRASFlag"] = 0
     values = body().transpose(2, 1, 0).astype(np.int16) - 1024
-    image = nibabel.MGHImage(values, None, header)
-    image.header["goodRASFlag"] = 0
-    image.to_filename(tmp_path / "a" / "ct.mgz")
+    nibabel.MGHImage(values, np.diag([3.0, 3, 3, 1])).to_filename(tmp_path / "a" / "ct.mgz")
     content = bytearray(gzip.decompress((tmp_path / "a" / "ct.mgz").read_bytes()))
     content[28:30] = bytes(2)  # goodRASFlag
     (tmp_path / "a" / "ct.mgz").write_bytes(gzip.compress(bytes(content)))
