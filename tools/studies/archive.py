@@ -92,19 +92,19 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
 
 def watch(process: subprocess.Popen, out: Path, most: float) -> tuple[float, float]:
     """Wait for the end or so many volumes; return the processors' seconds and the peak memory in GB, of a session."""
-    peak, spent = 0, {}
+    peak = spent = 0
     while process.poll() is None and len(volumes(out)) < most:
-        memory = 0
+        memory = ticks = 0
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
                 if int(fields[3]) == process.pid:  # of its session
-                    spent[entry] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+                    ticks += sum(map(int, fields[11:15]))  # its own, and those of its children that ended
                     share = Path("/proc", entry, "smaps_rollup").read_text().partition("Pss:")[2]
                     memory += int(share.split()[0])
-        peak = max(peak, memory)
+        peak, spent = max(peak, memory), max(spent, ticks)
         time.sleep(0.5)
-    return sum(spent.values()), peak * 1024 / 1e9
+    return spent / os.sysconf("SC_CLK_TCK"), peak * 1024 / 1e9
 
 
 def arguments(add: Callable) -> None:
