@@ -26,7 +26,7 @@ from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.openers import ImageOpener
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MRImageStorage
 
-from custom.data.nifti import corner_distance_mm, fault_of_affine
+from custom.data.nifti import corner_distance_mm, doubt_of_header, fault_of_affine
 from custom.files import replacing
 from tools.curate.rules import Rules
 from tools.curate.series import LPS_TO_RAS
@@ -364,6 +364,8 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
             axes = [nibabel.aff2axcodes(form[0]) for form in (qform, sform)]
             if axes[0] != axes[1] or not np.allclose(lengths[0], lengths[1], rtol=0.02):
                 raise Refused("qform and sform disagree on axes or spacing")
+        if doubt_of_header(header):
+            notes.append("qform and sform differ; the sform was taken")
         unit = int(header["xyzt_units"]) & 7
         if unit in (1, 3):  # metres, micrometres
             affine[:3] *= 1000.0 if unit == 1 else 0.001

@@ -229,7 +229,11 @@ def _make(state: State, held, paths: dict, out: Path, rules: Rules, workers: int
         return
     try:
         for task, result in bar(
-            parallel(make, tasks(), workers, rules.timeout_s), "making volumes", len(todo), "volume"
+            # The converter itself ends after timeout_s; it is run twice at the most.
+            parallel(make, tasks(), workers, 3 * rules.timeout_s),
+            "making volumes",
+            len(todo),
+            "volume",
         ):
             if isinstance(result, Failed):  # without a stamp, so that the next run tries again
                 state.keep_volume(task.id, "", {"reason": str(result)}, "", b"")

@@ -210,6 +210,19 @@ def test_two_patients_without_identifiers(tmp_path, curated):
     assert len({row["patient"] for row in found.rows}) == 2
 
 
+@pytest.mark.parametrize(("studies", "used"), [(("1.2.3", "1.2.4"), 2), (("1.2.3", "1.2.3"), 0)])
+def test_two_visits_under_one_series_number_are_not_mixed(tmp_path, curated, studies, used):
+    """A bad anonymiser gave both one series; if it gave them one study too, nothing tells their slices apart."""
+    for number, study in enumerate(studies):
+        rewrite(
+            write_series(tmp_path / "a" / str(number), pixels=body(number), uid="1.2.3.4"),
+            setting(StudyInstanceUID=study, StudyID="", AcquisitionNumber=1),
+        )
+    found = curated(tmp_path / "a")
+    assert len(found.used()) == used
+    assert found.reasons() == ([] if used else ["doubled slices: 16 of 32"])
+
+
 def test_a_source_named_twice(tmp_path, curated):
     write_series(tmp_path / "a", pixels=body(1))
     assert len(curated(tmp_path / "a", f"again={tmp_path / 'a'}").used()) == 1
