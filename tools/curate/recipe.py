@@ -22,9 +22,9 @@ from tools.curate.find import Source
 from tools.curate.rules import MODALITIES, Rules, check_rules
 from tools.curate.run import Row
 
-# How much of an archive one core takes in a second, and how much of its size the volumes have: 9 MB and 0.46, by 300 MB of
-# uncompressed CT (three series of 512 x 512 x 200). Archives with much that is not used give less; those of compressed
-# files give more, and take longer.
+# How much of an archive one core takes in a second, and how much of its size the volumes have: 9 MB and 0.46, by
+# 300 MB of uncompressed CT (three series of 512 x 512 x 200). Archives with much that is not used give less; those
+# of compressed files give more, and take longer.
 MB_A_SECOND = 9.0
 VOLUME_SHARE = 0.5
 
