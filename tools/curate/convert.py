@@ -24,6 +24,7 @@ import pydicom
 import SimpleITK
 from nibabel.imageglobals import LoggingOutputSuppressor
 from nibabel.openers import ImageOpener
+from pydicom.pixels import pixel_array
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MRImageStorage
 
 from custom.data.nifti import corner_distance_mm, doubt_of_header, fault_of_affine
@@ -118,7 +119,7 @@ def _read(path: str) -> tuple[pydicom.Dataset, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = _dataset(path)
-            pixels = dataset.pixel_array
+            pixels = pixel_array(dataset)
             if dataset.file_meta.TransferSyntaxUID.is_compressed:
                 with open(path, "rb") as stream:
                     stream.seek(-min(os.path.getsize(path), 65536), os.SEEK_END)

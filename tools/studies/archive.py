@@ -93,7 +93,7 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
 def watch(process: subprocess.Popen, out: Path, most: float) -> tuple[float, float]:
     """Wait for the end or so many volumes; return the processors' seconds and the peak memory in GB, of a session."""
     peak = spent = 0
-    while process.poll() is None and len(volumes(out)) < most:
+    while process.poll() is None and (not (out / "volumes").exists() or len(os.listdir(out / "volumes")) < most):
         memory = ticks = 0
         for entry in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
