@@ -51,14 +51,24 @@ def test_names_tell_the_modality(real_data, tmp_path):
     assert (right, silent) == (27, 2)
 
 
-@pytest.mark.parametrize("words", [True, False], ids=["description and parameters", "parameters alone"])
-def test_dicom_tells_the_modality(real_data, tmp_path, words):
-    told = {}
-    for place, record in records(real_data / "dicom_and_formats", tmp_path):
+@pytest.fixture(scope="module")
+def dicom(real_data, tmp_path_factory) -> dict:
+    """A record of each of the series."""
+    found = {}
+    for place, record in records(real_data / "dicom_and_formats", tmp_path_factory.mktemp("unpacked")):
         name = next((name for name in SERIES if place.startswith(name)), "")
         if name and record["kind"] == "dicom" and "modality_tags" in record:
-            told.setdefault(name, decide(record)[0] if words else by_parameters(record["modality_tags"])[0])
-    assert set(told) == set(SERIES)
+            found.setdefault(name, record)
+    assert set(found) == set(SERIES)
+    return found
+
+
+@pytest.mark.parametrize("words", [True, False], ids=["description and parameters", "parameters alone"])
+def test_dicom_tells_the_modality(dicom, words):
+    told = {
+        name: decide(record)[0] if words else by_parameters(record["modality_tags"])[0]
+        for name, record in dicom.items()
+    }
     # Without its description the field map is a gradient echo of a short TR and TE, which a T1 is, too.
     other = {} if words else {"nibabel_nicom/philips_mprage": "", "philips_enhanced_multiframe": "t1"}
     assert {name: told[name] for name in told if told[name] != SERIES[name]} == other
