@@ -23,9 +23,11 @@ import numpy as np
 import pydicom
 import SimpleITK
 from nibabel.imageglobals import LoggingOutputSuppressor
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from nibabel.openers import ImageOpener
+from pydicom.pixels import pixel_array
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, MRImageStorage
 
-from custom.data.nifti import corner_distance_mm, fault_of_affine
+from custom.data.nifti import corner_distance_mm, doubt_of_header, fault_of_affine
 from custom.files import replacing
 from tools.curate.rules import Rules
 from tools.curate.series import LPS_TO_RAS
@@ -80,10 +82,18 @@ def convert_dicom(
     else:
         (expected, stored), affine = _stack(files), np.array(affine)
     last = "the converter wrote nothing"
-    # The converter takes one scale for all slices: where each has its own, it gets and is compared by stored values.
+    # It gets links to the images first. Then clean copies: of what it can't read, or takes for a part of more. It takes
+    # one scale for all slices: where each has its own, it gets and is compared by stored values.
     for clean in (False, True) if stored is None else (True,):
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            for volume in _dcm2niix(paths, Path(folder), clean, stored is not None, rules.timeout_s):
+            given = Path(folder, "given")
+            given.mkdir()
+            if clean:
+                _clean_copies(files, affine, given, bare=stored is not None)
+            else:
+                for number, path in enumerate(paths):
+                    (given / f"{number:06d}.dcm").symlink_to(os.path.abspath(path))
+            for volume in _dcm2niix(given, Path(folder, "made"), rules.timeout_s):
                 last, turn = _difference(volume, expected if stored is None else stored, affine, record["lossy"])
                 if not last:
                     voxels = nibabel.orientations.apply_orientation(expected, turn)
@@ -109,7 +119,7 @@ def _read(path: str) -> tuple[pydicom.Dataset, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dataset = _dataset(path)
-            pixels = dataset.pixel_array
+            pixels = pixel_array(dataset)
             if dataset.file_meta.TransferSyntaxUID.is_compressed:
                 with open(path, "rb") as stream:
                     stream.seek(-min(os.path.getsize(path), 65536), os.SEEK_END)
@@ -171,56 +181,64 @@ def _mosaic(path: str) -> tuple[np.ndarray, np.ndarray]:
         raise Refused(f"mosaic whose private header can't be read: {type(error).__name__}") from error
 
 
-def _dcm2niix(paths: list[str], folder: Path, clean: bool, bare: bool, timeout_s: float) -> list[nibabel.Nifti1Image]:
-    """Run the converter on links to the images or, if clean, on copies that hold nothing unusual, if bare no scale."""
-    given, made = folder / "given", folder / "made"
-    given.mkdir()
+def _dcm2niix(given: Path, made: Path, timeout_s: float) -> list[nibabel.Nifti1Image]:
+    """Run the converter on a folder of images."""
     made.mkdir()
-    for number, path in enumerate(paths):
-        target = given / f"{number:06d}.dcm"
-        if clean:
-            _clean_copy(path, target, bare)
-        else:
-            target.symlink_to(os.path.abspath(path))
     # No side file (it would hold dates), no compression, no cropping, the values that the headers' rescaling gives.
     options = ["-b", "n", "-z", "n", "-x", "n", "-p", "n", "-m", "y", "-f", "volume", "-o"]
     try:
+        # Its words are read and dropped: without a pipe, waiting with a time limit looks every 50 ms only.
         subprocess.run(
-            [dcm2niix.bin, *options, str(made), str(given)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL, timeout=timeout_s, check=False,
+            [dcm2niix.bin, *options, str(made), str(given)], stdin=subprocess.DEVNULL, capture_output=True,
+            timeout=timeout_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise Refused(f"the converter took longer than timeout_s = {timeout_s:g}") from error
     return [nibabel.load(file) for file in sorted(made.glob("*.nii"))]
 
 
-def _clean_copy(path: str, target: Path, bare: bool) -> None:
-    """Write an image uncompressed, with a meta header, and only the elements that a volume is made of."""
-    dataset = _dataset(path)
-    dataset.decompress() if dataset.file_meta.TransferSyntaxUID.is_compressed else None
+def _clean_copies(files: Sequence[tuple[str, int]], affine: np.ndarray, folder: Path, bare: bool) -> None:
+    """Write images uncompressed, with a meta header, and only the elements that a volume is made of.
+
+    A frame of several is written as an image of its own, so that the converter sees those of one volume alone.
+    """
     keep = """
-    SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Modality SeriesNumber AcquisitionNumber
-    InstanceNumber Rows Columns NumberOfFrames PixelSpacing SliceThickness ImageOrientationPatient ImageType
-    ImagePositionPatient SamplesPerPixel PhotometricInterpretation BitsAllocated BitsStored HighBit
-    PixelRepresentation RescaleSlope RescaleIntercept EchoTime RepetitionTime SharedFunctionalGroupsSequence
-    ImageOrientation PerFrameFunctionalGroupsSequence DimensionIndexSequence Manufacturer
+    StudyInstanceUID SeriesInstanceUID Modality SeriesNumber AcquisitionNumber InstanceNumber Rows Columns PixelSpacing
+    SliceThickness ImageOrientationPatient ImageType ImagePositionPatient SamplesPerPixel PhotometricInterpretation
+    BitsAllocated BitsStored HighBit PixelRepresentation RescaleSlope RescaleIntercept EchoTime RepetitionTime
+    ImageOrientation Manufacturer
     """.split()  # noqa: SIM905
-    copy = pydicom.Dataset()
-    for name in keep:
-        if name in dataset:
-            copy[name] = dataset[name]
-    if bare:
-        for name in {"RescaleSlope", "RescaleIntercept"} & set(dir(copy)):
-            del copy[name]
-    copy.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[path])
-    copy.SOPClassUID = dataset.get("SOPClassUID") or pydicom.uid.CTImageStorage
-    copy.PixelData = np.ascontiguousarray(dataset.pixel_array).tobytes()
-    copy["PixelData"].VR = "OW"
-    copy.file_meta = pydicom.dataset.FileMetaDataset()
-    copy.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
-    copy.file_meta.MediaStorageSOPInstanceUID = copy.SOPInstanceUID
-    copy.save_as(target, enforce_file_format=True)
+    for path, frames in itertools.groupby(enumerate(files), lambda item: item[1][0]):
+        dataset, pixels = _read(path)
+        for number, (_, frame) in frames:
+            copy = pydicom.Dataset()
+            for name in keep:
+                if name in dataset:
+                    copy[name] = dataset[name]
+            if len(pixels) > 1:
+                copy.InstanceNumber = number + 1
+                axes = LPS_TO_RAS @ affine
+                spacing = np.linalg.norm(axes[:3, :3], axis=0)
+                numbers = {
+                    "PixelSpacing": spacing[1::-1], "SliceThickness": spacing[2:],
+                    "ImageOrientationPatient": (axes[:3, :2] / spacing[:2]).T.ravel(),
+                    "ImagePositionPatient": (axes @ (0, 0, number, 1))[:3],
+                    "RescaleSlope": _rescale(dataset, frame)[:1], "RescaleIntercept": _rescale(dataset, frame)[1:],
+                }  # fmt: skip
+                for name, values in numbers.items():
+                    setattr(copy, name, [pydicom.valuerep.format_number_as_ds(float(value)) for value in values])
+            if bare:
+                for name in {"RescaleSlope", "RescaleIntercept"} & set(dir(copy)):
+                    del copy[name]
+            copy.SOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[path, str(frame)])
+            copy.SOPClassUID = MRImageStorage if dataset.get("Modality") == "MR" else CTImageStorage
+            copy.PixelData = np.ascontiguousarray(pixels[frame]).tobytes()
+            copy["PixelData"].VR = "OW"
+            copy.file_meta = pydicom.dataset.FileMetaDataset()
+            copy.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            copy.file_meta.MediaStorageSOPClassUID = copy.SOPClassUID
+            copy.file_meta.MediaStorageSOPInstanceUID = copy.SOPInstanceUID
+            copy.save_as(folder / f"{number:06d}.dcm", enforce_file_format=True)
 
 
 def _difference(
@@ -309,8 +327,9 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
     notes = []
     if path.lower().endswith((".nii", ".nii.gz")):
         reason = inspect_file(path, headers_only=True).reason  # the check of every data list
-        if reason:
-            raise Refused(re.sub(r"ImageFileError.*|HeaderDataError.*", "", reason))
+        if reason:  # libraries' own words may hold the path
+            own = re.match(r"not a 3D|voxel type|bad spacing|bad affine|bad header: it", reason)
+            raise Refused(reason if own else reason.partition(":")[0])
     image = nibabel.load(path)
     if type(image) not in (
         nibabel.Nifti1Image,
@@ -332,6 +351,10 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
         raise Refused("colour or complex voxels")
     _plausible(path, shape, image.get_data_dtype().itemsize, rules)
     affine = np.array(image.affine, float)
+    if kind == "mgh":
+        with ImageOpener(path) as stream:  # nibabel fills in what the file does not say
+            if stream.read(30)[28:] == b"\0\0":
+                raise Refused("it does not say how it lies")
     if kind == "nifti":
         header = image.header
         qform, sform = image.get_qform(coded=True), image.get_sform(coded=True)
@@ -342,6 +365,8 @@ def _nibabel(path: str, kind: str, rules: Rules) -> tuple[np.ndarray, np.ndarray
             axes = [nibabel.aff2axcodes(form[0]) for form in (qform, sform)]
             if axes[0] != axes[1] or not np.allclose(lengths[0], lengths[1], rtol=0.02):
                 raise Refused("qform and sform disagree on axes or spacing")
+        if doubt_of_header(header):
+            notes.append("qform and sform differ; the sform was taken")
         unit = int(header["xyzt_units"]) & 7
         if unit in (1, 3):  # metres, micrometres
             affine[:3] *= 1000.0 if unit == 1 else 0.001

@@ -28,6 +28,7 @@ SUFFIXES = (
     *(".mgz", ".mgh", ".dcm", ".gz", ".zip", ".tar", ".tgz"),
 )
 ARCHIVE_DEPTH = 3  # archives in archives
+PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 POINTER = re.compile(rb"^(ElementDataFile\s*=\s*|data ?file:\s*)(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
 DAMAGE = (
     *(OSError, EOFError, RuntimeError, NotImplementedError, ValueError),
@@ -105,7 +106,7 @@ def find(source: Source, scratch: Path, pseudonyms: Pseudonyms, rules: Rules) ->
 
 
 def _folder(top: str, place: str, source: str, scratch: Path, pseudonyms: Pseudonyms, rules: Rules, depth: int):
-    # Of its own stack instead of recursion, and by descriptors of short names: archives are nested very deep.
+    # Of its own stack instead of recursion: archives are nested very deep.
     seen: set[tuple[int, int]] = set()
     waiting = [(top, place)]
     while waiting:
@@ -170,7 +171,7 @@ def _entry(path: str, place: str, source: str, scratch: Path, pseudonyms: Pseudo
         done.touch()
     for number, reason in enumerate(filter(None, notes.read_text().split("\n"))):
         yield Found(path, f"{place}!refused{number}", source, reason)
-    lines = (folder / "names").read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    lines = (folder / "names").read_bytes().decode("utf-8", "surrogateescape").split("\n")
     names = dict(line.split("\0") for line in filter(None, lines))
     for name in sorted(names):
         file = folder / "files" / name
@@ -178,7 +179,7 @@ def _entry(path: str, place: str, source: str, scratch: Path, pseudonyms: Pseudo
 
 
 def _archive_kind(path: str) -> str:
-    """Return "zip", "tar", "gz" or "": told by the content, as names are anything."""
+    """Return "zip", "tar", "packed" (one file) or "": told by the content, as names are anything."""
     lower = path.lower()
     with open(path, "rb") as stream:
         head = stream.read(264)
@@ -188,18 +189,18 @@ def _archive_kind(path: str) -> str:
         )
     if head[257:262] == b"ustar":
         return "tar"
-    openers = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open))
-    for magic, opener in openers:
-        if head.startswith(magic):
-            if lower.endswith((".nii.gz", ".mgz", ".hdr.gz", ".img.gz")):
-                return ""
-            try:
-                with opener(path) as stream:
-                    inner = stream.read(264)
-            except DAMAGE:
-                return "gz" if magic == b"\x1f\x8b" else "tar"
-            return "tar" if inner[257:262] == b"ustar" else "gz" if magic == b"\x1f\x8b" else ""
-    return ""
+    opener = _opener(head)
+    if opener is None or lower.endswith((".nii.gz", ".mgz", ".hdr.gz", ".img.gz")):
+        return ""
+    try:
+        with opener(path) as stream:
+            return "tar" if stream.read(264)[257:262] == b"ustar" else "packed"
+    except DAMAGE:
+        return "packed"
+
+
+def _opener(head: bytes):
+    return next((opener for magic, opener in PACKED.items() if head.startswith(magic)), None)
 
 
 def _unpack(path: str, kind: str, folder: Path, packed: int, pseudonyms: Pseudonyms, rules: Rules) -> list[str]:
@@ -212,9 +213,6 @@ def _unpack(path: str, kind: str, folder: Path, packed: int, pseudonyms: Pseudon
     total = 0
     try:
         for name, stream in _members(path, kind, refused):
-            if total > most:
-                refused.append("an archive that unpacks to more than max_unpacking or the disk allow")
-                break
             clean = PurePosixPath(name.replace("\\", "/"))
             if clean.is_absolute() or ".." in clean.parts or re.match(r"[A-Za-z]:", name):
                 refused.append("unsafe path in an archive")
@@ -234,6 +232,10 @@ def _unpack(path: str, kind: str, folder: Path, packed: int, pseudonyms: Pseudon
                 refused.append(
                     "a member of an archive that unpacks to more than max_unpacking, max_file_gb or the disk allow"
                 )
+            if total > most:  # what follows is not even read
+                refused.append("an archive that unpacks to more than max_unpacking or the disk allow")
+                break
+            if size > limit:
                 continue
             names.append(f"{hashed}\0{name.replace(chr(0), ' ')}".replace("\n", " "))
     except DAMAGE as error:
@@ -268,8 +270,10 @@ def _members(path: str, kind: str, refused: list[str]):
                 elif not member.isdir():
                     refused.append("a link or device in an archive")
     else:
-        with gzip.open(path) as stream:
-            yield re.sub(r"\.gz$", "", os.path.basename(path), flags=re.IGNORECASE), stream
+        with open(path, "rb") as raw:
+            opener = _opener(raw.read(6))
+        with opener(path) as stream:
+            yield re.sub(r"\.(gz|bz2|xz)$", "", os.path.basename(path), flags=re.IGNORECASE), stream
 
 
 def _hashed(name: PurePosixPath, pseudonyms: Pseudonyms) -> str:

@@ -40,8 +40,8 @@ WORDS = {
     "map": r"fieldmap|field_?map|b[01][-_ ]?(?:map|ns)|phase|magn_?phase|t1map|t2map|quant|mapping|t1rho",
     "localizer": r"loc|locali[sz]er|scout|survey|surview|topogram|pilot|scanogram|3[-_ ]?plane|aahscout|smartprep",
     "derived": r"mip|minip|mpr|subtraction|subtr|projection|projected|screen[-_ ]?save|summary|processed|3d[-_ ]?vr",
-    "mask": r"seg|segs|segm|segmentation|label|labels(?:tr|ts)?|labelmap|mask|masks|roi|aseg|aparc|dseg|parcellation|"
-    r"lesion|drawing|groundtruth|gt|annotation|contour|atlaslabels",
+    "mask": r"(?<!without[- ])(?<!no[- ])(?<!and[- ])(?:seg|segs|segm|segmentation|label|labels(?:tr|ts)?|labelmap|"
+    r"mask|masks|roi|aseg|aparc|dseg|parcellation|lesion|drawing|groundtruth|gt|annotation|contour|atlaslabels)",
     "animal": r"mouse|mice|murine|rat|rats|macaque|monkey|primate|rhesus|inia19|canine|feline|porcine|pig|rabbit|"
     r"sheep|ovine|marmoset|zebrafish|specimen|exvivo|ex[-_ ]?vivo",
     "phantom": r"phantom|phantoms|qa|acr|water_?bottle|catphan|test_?object",
@@ -59,7 +59,7 @@ PixelRepresentation PixelPaddingValue RescaleSlope RescaleIntercept RescaleType 
 InversionTime FlipAngle EchoTrainLength ScanningSequence SequenceVariant ScanOptions MRAcquisitionType
 ContrastBolusAgent DiffusionBValue BurnedInAnnotation PatientSpeciesDescription ComplexImageComponent
 SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence DimensionIndexSequence ContrastBolusAgentSequence
-PatientName EchoPulseSequence
+PatientName EchoPulseSequence ConvolutionKernel ModalityLUTSequence
 """.split()  # noqa: SIM905
 SIEMENS_B, GE_B, PHILIPS_B = 0x0019100C, 0x00431039, 0x20011003  # b values before the standard had a place for them
 READ = [*map(Tag, TAGS), *map(Tag, (SIEMENS_B, GE_B, PHILIPS_B, 0x00041220))]
@@ -75,6 +75,13 @@ LEFT_OUT = {
     "88.22": "report (SR)", "88.33": "report (SR)", "88.34": "report (SR)", "88.59": "key objects (KO)",
     "104.1": "document", "11.1": "presentation state", "11.2": "presentation state",
 }  # fmt: skip
+# What stands as "Modality" of what is neither CT nor MR is told, if the standard has it (PS3.3, C.7.3.1.1.1).
+KNOWN = "AU BI CR DG DX ECG EPS ES GM HD IO IVUS LS MG NM OCT OP OT PT PX RF RG SC SM US XA XC".split()  # noqa: SIM905
+MATERIALS = {  # of dual energy, not in Hounsfield units
+    *("MAT_SPECIFIC", "MAT_REMOVED", "MAT_FRACTIONAL", "MAT_MODIFIED", "MAT_VALUE_BASED"),
+    *("EFF_ATOMIC_NUM", "ELECTRON_DENSITY", "IODINE"),
+}
+MOST_FRAMES = 100_000
 ROOT_CLASS = "1.2.840.10008.5.1.4.1.1."
 
 
@@ -169,7 +176,10 @@ def _image_kind(head: bytes, lower: str) -> str:
         return "itk"
     if lower.endswith((".mhd", ".mha")) or head.startswith((b"ObjectType", b"NDims")):
         return "itk"
-    known = {"!Philips PAR/REC": b"# === DATA DESCRIPTION", "!MIF": b"mrtrix image", "!MINC": b"CDF\x01"}
+    known = {
+        "!Philips PAR/REC": b"# === DATA DESCRIPTION", "!MIF": b"mrtrix image", "!MINC": b"CDF\x01",
+        "!7z archive": b"7z\xbc\xaf\x27\x1c", "!RAR archive": b"Rar!\x1a\x07", "!zstd": b"\x28\xb5\x2f\xfd",
+    }  # fmt: skip
     for name, magic in known.items():
         if head.startswith(magic):
             return name
@@ -224,13 +234,16 @@ def _numbers(value: Any, count: int) -> list[float] | None:
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
+NOTHING = Dataset()
+
+
 def _first(dataset: Dataset, name: str) -> Dataset:
     """Return the first item of a sequence, an empty one if there is none."""
     try:
-        sequence = dataset.get(name)
-        return sequence[0] if sequence else Dataset()
+        sequence = dataset.get(name) if len(dataset) else None
+        return sequence[0] if sequence else NOTHING
     except (TypeError, IndexError, AttributeError):
-        return Dataset()
+        return NOTHING
 
 
 def _kept(value: Any) -> list[str]:
@@ -275,21 +288,24 @@ def _dicom(found: Found, pseudonyms: Pseudonyms) -> dict[str, Any]:
 
     shared, frames = _first(dataset, "SharedFunctionalGroupsSequence"), get("PerFrameFunctionalGroupsSequence")
     count = int(_number(get("NumberOfFrames")) or 1)
+    if not 1 <= count <= MOST_FRAMES or frames and len(frames) != count:
+        return {**record, "reason": "another number of frames than its header says"}
     mosaic = "MOSAIC" in image_type
+    types = [part for part in image_type[2:] if part not in ("NORM", "ND", "DIS2D", "DIS3D", "MFSPLIT", "PRIMARY")]
     record.update(
         size=[int(get("Columns") or 0), int(get("Rows") or 0)],
-        type=[part for part in image_type[2:] if part not in ("NORM", "ND", "DIS2D", "DIS3D", "MFSPLIT", "PRIMARY")],
+        type=pseudonyms("type", *types, get("ConvolutionKernel")),  # codes may be anything, and a name too
         number=int(_number(get("SeriesNumber")) or 0),
-        modality_tags=_parameters(dataset, shared),
+        modality_tags=_parameters(dataset, shared, _first(dataset, "PerFrameFunctionalGroupsSequence")),
         padding=_number(get("PixelPaddingValue")) if get("PixelPaddingValue") is not None else None,
-        photometric=str(get("PhotometricInterpretation") or ""),
         lossy=str(dataset.file_meta.get("TransferSyntaxUID", "")) in LOSSY,
         mosaic=mosaic,
         frames=[],
     )
-    groups = list(frames) if frames is not None and len(frames) else [Dataset()] * count
+    groups = list(frames) if frames is not None and len(frames) else [NOTHING] * count
     for index, own in enumerate(groups[:count]):
-        record["frames"].append(_frame(dataset, shared, own, index))
+        frame = _frame(dataset, shared, own, index)
+        record["frames"].append({**frame, "kinds": pseudonyms("type", *frame["kinds"])})
     return record
 
 
@@ -299,10 +315,10 @@ LOSSY = {
 }  # fmt: skip
 
 
-def _parameters(dataset: Dataset, shared: Dataset) -> dict[str, Any]:
-    """Return the sequence's parameters, in ms and degrees, of classic and of enhanced images."""
-    timing, echo = _first(shared, "MRTimingAndRelatedParametersSequence"), _first(shared, "MREchoSequence")
-    modifier = _first(shared, "MRModifierSequence")
+def _parameters(dataset: Dataset, shared: Dataset, frame: Dataset) -> dict[str, Any]:
+    """Return the sequence's parameters, in ms and degrees, of classic and of enhanced images (their first frame)."""
+    names = ("MRTimingAndRelatedParametersSequence", "MREchoSequence", "MRModifierSequence")
+    timing, echo, modifier = (_first(shared, name) or _first(frame, name) for name in names)
     agent = str(dataset.get("ContrastBolusAgent") or "").strip().casefold()
     none = agent in ("", "none", "no", "n", "0", "no contrast", "without", "-")
     sequence = _kept(dataset.get("ScanningSequence"))
@@ -324,8 +340,10 @@ def _parameters(dataset: Dataset, shared: Dataset) -> dict[str, Any]:
 def _frame(dataset: Dataset, shared: Dataset, own: Dataset, index: int) -> dict[str, Any]:
     """Return place, echo, phase and time of one image, from its own, the shared or the file's attributes."""
 
+    groups = [group for group in (own, shared) if len(group)]
+
     def one(sequence: str, name: str) -> Any:
-        for group in (own, shared):
+        for group in groups:
             value = _first(group, sequence).get(name)
             if value is not None:
                 return value
@@ -391,11 +409,14 @@ def _reason(dataset: Dataset, sop_class: str, modality: str, image_type: list[st
         return by_modality[modality]
     if modality not in ("CT", "MR"):
         if number not in CLASSES:
-            shown = modality if re.fullmatch("[A-Z]{2,4}", modality) else "unknown"
-            return f"neither CT nor MR: {shown}"
+            return f"neither CT nor MR: {modality if modality in KNOWN else 'unknown'}"
     elif sop_class and number not in CLASSES and sop_class.startswith(ROOT_CLASS):
         return "neither CT nor MR: by its class"
     types = set(image_type)
+    if dataset.get("ModalityLUTSequence"):
+        return "values by a table (Modality LUT)"
+    if types & MATERIALS:
+        return "material map of dual energy"
     if not dataset.get("Rows") or not dataset.get("Columns"):
         return "no image in it"
     if (_number(dataset.get("SamplesPerPixel")) or 1) != 1 or not str(

@@ -54,7 +54,7 @@ def measure(voxels: np.ndarray, spacing_mm: np.ndarray) -> dict[str, Any]:
         "flat_share": _flat_share(voxels),
         "neighbour_correlation": _neighbour_correlation(voxels),
         "body_mm": body,
-        "soft_tissue_share": float(((flat > -200) & (flat < 300)).mean()),
+        "soft_tissue_share": float(((flat > -200) & (flat < 300)).sum() / max(1, (flat > -500).sum())),
         "cut_sides": cut,
     }
 
@@ -150,6 +150,6 @@ def judge(measures: dict[str, Any], modality: str, rules: Rules) -> list[str]:
         )
         refuse(
             measures["lowest"] <= rules.max_lowest_hu and measures["soft_tissue_share"] < rules.min_soft_tissue_share,
-            f"not in Hounsfield units: {measures['soft_tissue_share']:.1%} of the voxels are soft tissue",
+            f"not in Hounsfield units: {measures['soft_tissue_share']:.0%} of the body is soft tissue",
         )
     return reasons

@@ -29,7 +29,7 @@ class Rules:
         min_grey_values: distinct values; with fewer it is a mask or a label map.
         max_flat_share: voxels of the foreground that equal all their next neighbours; with more it is a label map.
         min_neighbour_correlation: of a voxel with the next one; with less the volume holds noise alone.
-        min_soft_tissue_share: voxels of a CT from -200 to 300 HU.
+        min_soft_tissue_share: voxels of a CT from -200 to 300 HU, of those above -500.
         max_lowest_hu: a CT whose lowest value is higher is not in Hounsfield units.
         max_cut_sides: sides of the volume, of 6, that cut through the anatomy; crops have up to 6.
         min_confidence: of the modality, from 0 to 1; below it the volume is listed as uncertain and not used.
@@ -55,7 +55,7 @@ class Rules:
     min_grey_values: int = 12
     max_flat_share: float = 0.6
     min_neighbour_correlation: float = 0.3
-    min_soft_tissue_share: float = 0.02
+    min_soft_tissue_share: float = 0.3
     max_lowest_hu: float = -50.0
     max_cut_sides: int = 6
     min_confidence: float = 0.6

@@ -25,6 +25,7 @@ from tools.curate.state import State
 from tools.curate.work import Headers, Making, make, read_headers
 from tools.datalist import split
 
+VERSION = 2  # of records and measures; those of another one are made anew
 CHUNK = 64  # files whose headers are read at once
 OWN = ("volumes", "datalist.json", "report.csv", "page.html", "salt", "state.sqlite", ".work", ".lock")
 
@@ -171,8 +172,11 @@ def _read(state: State, sources, out: Path, pseudonyms: Pseudonyms, rules: Rules
 
 
 def _stamp(path: str) -> str:
-    status = os.stat(path)
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    try:
+        status = os.stat(path)
+    except OSError:  # removed since it was found, which its reader will tell
+        return "gone"
+    return f"{VERSION}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def _stacks(state: State, paths: dict, rules: Rules, pseudonyms: Pseudonyms) -> Iterator[tuple[Stack, str, str]]:
@@ -225,7 +229,11 @@ def _make(state: State, held, paths: dict, out: Path, rules: Rules, workers: int
         return
     try:
         for task, result in bar(
-            parallel(make, tasks(), workers, rules.timeout_s), "making volumes", len(todo), "volume"
+            # The converter itself ends after timeout_s; it is run twice at the most.
+            parallel(make, tasks(), workers, 3 * rules.timeout_s),
+            "making volumes",
+            len(todo),
+            "volume",
         ):
             if isinstance(result, Failed):  # without a stamp, so that the next run tries again
                 state.keep_volume(task.id, "", {"reason": str(result)}, "", b"")

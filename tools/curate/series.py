@@ -60,14 +60,15 @@ def stacks(files: Iterable[tuple[str, dict[str, Any]]], rules: Rules, pseudonyms
         if record.get("reason"):
             left_out[record["reason"]].append((file, record))
             continue
-        head = (record["patient"], record["number"], record["modality"], tuple(record["type"]), record["mosaic"])
+        owner = (record["patient"], record["study"])  # a bad anonymiser gives one series to several
+        head = (*owner, record["number"], record["modality"], record["type"], record["mosaic"])
         same = (*head, record["instance"])
         if record["instance"] and known.setdefault(same, file) != file:
             copies[head].append((known[same], file))
             continue
         for frame in record["frames"]:
             spacing = tuple(round(s, 3) for s in frame["spacing"] or ())
-            kinds = (tuple(frame["kinds"]), frame["component"], frame["echo"], frame["b"], frame["stack"])
+            kinds = (frame["kinds"], frame["component"], frame["echo"], frame["b"], frame["stack"])
             key = (*head, *kinds, _axis(frame["orientation"], axes))
             groups[key].append((file, record, frame, (tuple(record["size"]), spacing)))
 
@@ -77,12 +78,12 @@ def stacks(files: Iterable[tuple[str, dict[str, Any]]], rules: Rules, pseudonyms
         )
         for reason, members in left_out.items()
     ]
-    diffusion = any(key[8] for key in groups)
+    diffusion = any(key[9] for key in groups)
     for key, images in groups.items():
         made = _volumes(images, key, diffusion, rules, pseudonyms)
         for stack in made:
             held = {file for file, _ in stack.members}
-            stack.copies = [pair for pair in copies[key[:5]] if pair[0] in held]
+            stack.copies = [pair for pair in copies[key[:6]] if pair[0] in held]
         found += made
     return found
 
@@ -169,7 +170,9 @@ def _repetitions(images: list) -> list[list]:
         whole = all(len({place for place, _ in part}) == len(part) for part in parts.values())
         if whole and len({len(part) for part in parts.values()}) == 1:
             return [[image for _, image in part] for _, part in sorted(parts.items(), key=lambda item: str(item[0]))]
-    if len(set(counts.values())) == 1 and len(counts) > 1:  # each position equally often: by the order of the images
+    order = {(image[2]["instance"], image[2]["index"]) for image in images}
+    # Each position equally often: by the order of the images, if they have one.
+    if len(set(counts.values())) == 1 and len(counts) > 1 and len(order) == len(images):
         turns = defaultdict(list)
         met: Counter = Counter()
         for image, place in sorted(zip(images, where, strict=True), key=lambda pair: pair[0][2]["instance"]):

@@ -109,7 +109,7 @@ def _landmarks(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     places = places[np.argsort(-strength[peak], kind="stable")[: 3 * LANDMARKS]]
     if not len(places):
         return none
-    places = np.array([_refine(band, place) for place in places])
+    places = _refine(band, places)
     descriptors, good = _describe(grid, places)
     # A landmark that looks like another one of its own volume (a smooth edge, a row of ribs) tells nothing apart.
     alike = descriptors @ descriptors.T - np.eye(len(descriptors))
@@ -140,14 +140,14 @@ def _describe(grid: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndar
     return (waves / np.maximum(lengths, 1e-9)[:, None]).astype(np.float32), good
 
 
-def _refine(band: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """Return the top of the parabola through an extremum and its neighbours, within half a step."""
-    refined = place.astype(float)
-    for axis in range(3):
-        step = np.eye(3, dtype=int)[axis]
-        before, here, after = (band[tuple(place + s * step)] for s in (-1, 0, 1))
+def _refine(band: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return the tops of the parabolas through extrema (n, 3) and their neighbours, within half a step."""
+    refined = places.astype(float)
+    for axis, step in enumerate(np.eye(3, dtype=int)):
+        before, here, after = (band[tuple((places + s * step).T)] for s in (-1, 0, 1))
         bend = before - 2 * here + after
-        refined[axis] += np.clip((before - after) / (2 * bend), -0.5, 0.5) if bend else 0
+        top = np.divide(before - after, 2 * bend, out=np.zeros_like(bend), where=bend != 0)
+        refined[:, axis] += np.clip(top, -0.5, 0.5)
     return refined
 
 

@@ -65,6 +65,10 @@ def make(task: Making) -> tuple[dict[str, Any], str, bytes]:
         return {"reason": " ".join(str(refused).split())}, "", b""
     except MemoryError:
         return {"reason": "more memory needed than there is"}, "", b""
+    except OSError:  # of the disk that is written to, no fault of the series
+        raise
+    except Exception as error:  # whatever a hostile header provokes concerns this series only
+        return {"reason": f"damaged header: {type(error).__name__}"}, "", b""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     result = {"reason": "", "notes": notes, **measure(voxels, spacing)}
     convert.write_volume(voxels, affine, Path(task.out, "volumes", f"{task.id}.nii.gz"))

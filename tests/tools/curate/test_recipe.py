@@ -25,7 +25,7 @@ def test_a_recipe_is_planned_made_and_compared(tmp_path, capsys):
     recipe.write_text(json.dumps({"sources": [SOURCE]}))
     assert main(["plan", str(tmp_path / "set"), str(recipe), "--root", str(tmp_path), "--workers", "2"]) == 0
     said = capsys.readouterr().out
-    assert "72" in said and "GB are free" in said  # 0.6 of 120 GB
+    assert "60" in said and "GB are free" in said  # half of 120 GB
     assert not (tmp_path / "set").exists()
     arguments = [str(tmp_path / "set"), "--recipe", str(recipe), "--root", str(tmp_path), "--workers", "1"]
     assert main(arguments) == 0

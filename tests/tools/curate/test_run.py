@@ -167,7 +167,8 @@ def test_formats(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("shear", "sheared axes"), ("forms", "qform and sform disagree"), ("none", "neither qform nor sform"),
+        ("shear", "sheared axes"), ("forms", "qform and sform disagree"), ("spacings", "two spacings"),
+        ("none", "neither qform nor sform"),
         ("nan", "NaN or infinite voxels"), ("4d", "not a 3D volume: 4 dimensions"), ("short", "truncated or corrupted"),
         ("complex", "voxel type: complex"), ("huge", "truncated or corrupted"), ("mask", "label map, by its name"),
         ("mouse", "animal or specimen, by its name"), ("phantom", "phantom, by its name"), ("zero", "bad spacing"),
@@ -175,7 +176,7 @@ def test_formats(tmp_path):
         ("nrrd-bare", "no spacing in its header"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_volume_to_train_on(tmp_path, change, reason):
+def test_a_file_that_is_no_volume_to_train_on(tmp_path, in_process, change, reason):
     values = body(2).transpose(2, 1, 0).astype(np.float32) - 1024
     affine, name = np.diag([3.0, 3, 3, 1]), "x.nii"
     (tmp_path / "in").mkdir()
@@ -207,8 +208,9 @@ def test_a_file_that_is_no_volume_to_train_on(tmp_path, change, reason):
             sheared[0, 2] = 1.0
             file.set_sform(sheared, 1)
             file.set_qform(None, 0)
-        if change == "forms":
-            file.set_sform(np.diag([3.0, 3, 6, 1]), 1)
+        if change in ("forms", "spacings"):
+            turned = np.array([[0, 3.0, 0, 0], [-3, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+            file.set_sform(turned if change == "forms" else np.diag([3.0, 3, 6, 1]), 1)
             file.set_qform(affine, 1)
         if change == "none":
             file.set_sform(None, 0)
@@ -288,7 +290,7 @@ def test_the_list_is_one_that_tools_and_training_take(tmp_path):
         (["SET", "EMPTY"], "None of the 0"),
     ],
 )
-def test_what_cannot_be_right_is_told_in_one_sentence(tmp_path, capsys, arguments, sentence):
+def test_what_cannot_be_right_is_told_in_one_sentence(tmp_path, in_process, capsys, arguments, sentence):
     write_series(tmp_path / "in")
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
