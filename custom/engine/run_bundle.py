@@ -203,8 +203,10 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     """
     inference = read_json(folder / "configs/inference.json")
     needed = inference_ids(inference)
-    applies = {"train": None, "inference": needed, "evaluate": set()}
+    applies = {"train": None, "inference": needed, "evaluate": set(), "ensemble": set()}
     for name, ids in applies.items():
+        if not (folder / f"configs/{name}.json").is_file():
+            continue
         config = ConfigParser(read_json(folder / f"configs/{name}.json"))
         here = {id: v for id, v in changed.items() if ids is None or ReferenceResolver.split_id(id)[0] in ids}
         own = set() if name == "train" else {"output_dir", "dataset_dir"}
