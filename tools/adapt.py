@@ -354,7 +354,7 @@ def decide_network(plan: Plan, task: Task, start: dict[str, Any]) -> Budget:
     )
     plan.set("network_def#window_size", window, why)
     fixed = plan.given.get("feature_size", start.get("feature_size"))
-    found = []
+    found: list[tuple[int, Budget]] = []
     for width in [fixed] if fixed else WIDTHS:
         known = {"labels": task.labels, "in_channels": task.channels, "feature_size": width}
         known |= {"network_def#window_size": window, "patch_size": [96, 96, 96] if gpu else SMALLEST}
@@ -377,7 +377,7 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     most = max(math.prod(patch) for patch in growing if budget.allows(patch) or patch == growing[0])
     components = task.sizes_mm3(np.median)
     pixdim_mm = coarsened(spacing_mm, extent_mm, PATCHES_PER_SCAN * most, min(components.values()))
-    why = f"the scans' median is {_mm(spacing_mm)}, at which one of the larger is {_by(extent_mm / spacing_mm)} voxels of body"
+    why = f"the scans' median is {_mm(spacing_mm)}, at which a large one has {_by(extent_mm / spacing_mm)} voxels"
     if (pixdim_mm > spacing_mm).any():
         why += f", more than {PATCHES_PER_SCAN} of the largest patches that the budget allows"
     patch = [patch for patch in patches(extent_mm / pixdim_mm) if math.prod(patch) <= most][-1]
@@ -467,11 +467,11 @@ def ram() -> float:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _by(numbers: Sequence[float]) -> str:
+def _by(numbers: np.ndarray) -> str:
     return " x ".join(f"{number:.0f}" for number in numbers)
 
 
-def _mm(numbers: Sequence[float]) -> str:
+def _mm(numbers: np.ndarray) -> str:
     return f"{' x '.join(f'{number:.3g}' for number in numbers)} mm"
 
 

@@ -132,7 +132,7 @@ def not_learnt(dice: np.ndarray, classes: Sequence[str]) -> str:
     if not (missed := [f"{name} ({mean:.3f})" for name, mean in means if mean < LEARNT]):
         return ""
     return (
-        f"Not learnt, by a Dice below {LEARNT} in the last validation: {', '.join(missed)}. Train longer (--max_epochs), "
-        f"at a finer spacing (--pixdim_mm), or with the crops and the loss of configs/field.json, which small classes "
-        f"need; python -m tools.adapt chooses all of these.\n"
+        f"Not learnt, by a Dice below {LEARNT} in the last validation: {', '.join(missed)}. Train longer "
+        f"(--max_epochs), at a finer spacing (--pixdim_mm), or with crops and loss of configs/field.json, which "
+        f"small classes need; python -m tools.adapt chooses all of these.\n"
     )

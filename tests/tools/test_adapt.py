@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.networks.nets import SwinUNETR
 
 from custom.files import read_json
 from tests.conftest import folders, metrics, monai_bundle
@@ -103,6 +104,7 @@ def test_every_class_is_the_middle_of_as_many_crops(quick, tmp_path):
 
 def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
     """Two cubes of one size and value, one on the right and one on the left; then one behind the other."""
+
     def case(centres):
         one, two = (adapt.Structure(np.array([500]), np.array(c), np.arange(100.0)) for c in centres)
         return adapt.Case(np.ones(3), np.full(3, 90.0), False, {1: one, 2: two}, 0)
@@ -158,9 +160,7 @@ def test_a_folder_in_use_is_refused(tmp_path, capsys):
 
 
 def test_weights_fix_the_network_and_their_spacing_is_kept_where_it_fits(quick, tmp_path):
-    network = adapt.ConfigParser(
-        {"network": {"_target_": "SwinUNETR", "in_channels": 1, "out_channels": 1, "feature_size": 24, "window_size": 4}}
-    ).get_parsed_content("network")
+    network = SwinUNETR(in_channels=1, out_channels=1, feature_size=24, window_size=4)
     torch.save(network.state_dict(), tmp_path / "model.pt")
     datalist = write_cases(tmp_path)
     config, plan = adapted(datalist, tmp_path / "out", "--pretrained", str(tmp_path / "model.pt"))
