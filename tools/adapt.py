@@ -10,6 +10,7 @@ was decided. Each decision is an id: one that is given, as `--id value`, stays a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shlex
@@ -35,7 +36,7 @@ from custom.data.values import Values
 from custom.engine.checkpoint import read_weights, training_of, weights_file
 from custom.engine.run_bundle import apply, copy_bundle
 from custom.errors import BadInput
-from custom.files import dumps, read_json, write_json, write_text
+from custom.files import read_json, write_json, write_text
 from custom.text import did_you_mean, markdown_table
 from tools._cli import ROOT, near, say, tool
 from tools.verify import quiet
@@ -43,6 +44,7 @@ from tools.verify import quiet
 MOST_ID = 255  # of a class
 SAMPLED = 2000  # voxels of a class in a case whose values are looked at
 AIR_HU = -500  # below is no body
+SHOWN = 60  # characters of a value in the plan
 MARGIN_HU = 100  # of the window, on both sides of what is labelled
 SMALLEST = (64, 32, 32)  # patch
 WIDTHS = (12, 24, 48)  # feature sizes
@@ -98,6 +100,14 @@ class Task(NamedTuple):
                 found.setdefault(id, []).append(number(structure.components) * case.spacing_mm.prod())
         return {id: float(np.median(sizes)) for id, sizes in sorted(found.items())}
 
+    def values(self) -> dict[int, np.ndarray]:
+        """Return values of each class that is there."""
+        found: dict[int, list[np.ndarray]] = {}
+        for case in self.cases:
+            for id, structure in case.classes.items():
+                found.setdefault(id, []).append(structure.values)
+        return {id: np.concatenate(values) for id, values in sorted(found.items())}
+
 
 class Budget(NamedTuple):
     """What a training may take, and what a voxel of its crops takes in a step."""
@@ -128,20 +138,20 @@ class Plan:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = dict(given)
         self.ids = dict(given)
-        self.rows: list[list[str]] = []
+        self.lines: list[str] = []
         self.notes: list[str] = []
 
     def set(self, id: str, value: Any, why: str) -> Any:
         """Decide an id, unless it was given, and return its value."""
         if id in self.given:
-            why = f"given. Without that {dumps(value)}: {why}"
+            why = f"given. It would have been {json.dumps(value)}: {why}"
         self.ids.setdefault(id, value)
-        self.tell(id, dumps(self.ids[id]), why)
+        self.tell(id, json.dumps(self.ids[id]), why)
         return self.ids[id]
 
     def tell(self, id: str, value: str, why: str) -> None:
-        """Tell of what the recipe decides."""
-        self.rows.append([f"`{id}`", value.replace("|", "\\|"), why.replace("|", "\\|")])
+        """Tell of what was decided, or is decided by the recipe."""
+        self.lines.append(f"- `{id}` {value if len(value) <= SHOWN else value[:SHOWN] + ' ...'}: {why}.")
 
 
 def recipe(bundle: Path) -> dict[str, Any]:
@@ -321,14 +331,14 @@ def decide(task: Task) -> Plan:
 
 def decide_intensity(plan: Plan, task: Task) -> None:
     """Decide the window of a CT; an MRI has the bundle's z-score."""
-    values = np.concatenate([structure.values for case in task.cases for structure in case.classes.values()])
-    low, high = np.quantile(values, [0.005, 0.995])
+    spans = np.array([np.quantile(values, [0.1, 0.9]) for values in task.values().values()])
+    low, high = spans[:, 0].min(), spans[:, 1].max()
     if task.modality == "ct":
-        why = f"99 % of the labelled voxels lie in {low:.0f} to {high:.0f} HU; {MARGIN_HU} are added on both sides"
+        why = f"of each class 80 % lie in {low:.0f} to {high:.0f} HU; {MARGIN_HU} are added on both sides"
         plan.set("intensity#a_min", 25 * math.floor(low / 25) - MARGIN_HU, why)
         plan.set("intensity#a_max", 25 * math.ceil(high / 25) + MARGIN_HU, "as above")
     else:
-        why = f"values of MRI have no unit; 99 % of the labelled ones lie in {low:.4g} to {high:.4g}"
+        why = f"values of MRI have no unit; of each class 80 % lie in {low:.4g} to {high:.4g}"
         plan.tell("intensity", "z-score of what is not zero", why)
 
 
@@ -566,22 +576,19 @@ def write(task: Task, plan: Plan, out: Path) -> None:
 
 def plan_text(task: Task, plan: Plan, name: str) -> str:
     """Return the plan: what was measured, decided and noted."""
-    total, largest = task.sizes_mm3(np.sum), task.sizes_mm3(np.median)
+    total, component = task.sizes_mm3(np.sum), task.sizes_mm3(np.median)
     rows = [["id", "class", "cases", "ml", "components", "ml of a component", "values"]]
-    for id, label in enumerate(task.labels[1:], 1):
-        found = [case.classes[id] for case in task.cases if id in case.classes]
-        if not found:
-            rows.append([str(id), label, "0", *"----"])
-            continue
-        low, middle, high = np.quantile(np.concatenate([structure.values for structure in found]), [0.05, 0.5, 0.95])
-        counts = np.median([len(structure.components) for structure in found])
-        sizes = [f"{total[id] / 1e3:.3g}", f"{counts:.0f}", f"{largest[id] / 1e3:.3g}"]
-        rows.append([str(id), label, str(len(found)), *sizes, f"{low:.4g}, {middle:.4g}, {high:.4g}"])
+    for id, values in task.values().items():
+        counts = [len(case.classes[id].components) for case in task.cases if id in case.classes]
+        sizes = [f"{total[id] / 1e3:.3g}", f"{np.median(counts):.0f}", f"{component[id] / 1e3:.3g}"]
+        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
+        rows.append([str(id), task.labels[id], str(len(counts)), *sizes, f"{low:.4g}, {middle:.4g}, {high:.4g}"])
+    lines = "\n".join(plan.lines)
     notes = "".join(f"- {note}\n" for note in plan.notes) or "- Nothing.\n"
     return f"""# Plan of {name}
 
 Measured on {len(task.cases)} cases to train on; {len(task.held_out)} more validate. The numbers are medians of the
-cases. The values are the 5th, 50th and 95th percentile of the labelled voxels.
+cases. The values are the 10th, 50th and 90th percentile of the labelled voxels.
 
 {markdown_table(rows)}
 
@@ -589,7 +596,7 @@ cases. The values are the 5th, 50th and 95th percentile of the labelled voxels.
 
 Each is an id of `train.json`. Change it there, or on the command line: `--learning_rate 0.001`.
 
-{markdown_table([["id", "value", "why"], *plan.rows])}
+{lines}
 
 ## Look at
 
