@@ -6,11 +6,14 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 
 from custom.files import read_json
 from tests.conftest import folders, metrics, monai_bundle
-from tools import adapt, package, verify
+from tools import package, verify
+from tools.adapt import decide, measure
+from tools.adapt.__main__ import main
 
 
 def write_cases(folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(1,), ct=False, lacking=(), **more):
@@ -38,12 +41,12 @@ def write_cases(folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(
 @pytest.fixture
 def quick(monkeypatch):
     """No network is timed: a voxel of a step takes 10 microseconds and 1 kB."""
-    monkeypatch.setattr(adapt, "cost", lambda *_: (1e-5, 1e3))
+    monkeypatch.setattr(decide, "cost", lambda *_: (1e-5, 1e3))
 
 
 def adapted(datalist, out, *arguments):
     """Run the tool, and return the training config that it has written, and the plan."""
-    assert adapt.main([str(datalist), str(out), *arguments]) == 0
+    assert main([str(datalist), str(out), *arguments]) == 0
     return read_json(out / "configs/train.json"), (out / "configs/plan.md").read_text()
 
 
@@ -83,7 +86,7 @@ def test_odd_data_is_adapted_to_and_trained_on(name, quick, tmp_path):
     assert ("class 2 (2) is in 1 of 2 cases to train on and in 0 of 1 to validate." in plan) == ("single" in name)
     assert ("unused 2" in plan) == ("gap" in name)
     assert (config["rotation_radians"] == [0, 0, 0.5]) == ("8 mm" in name)
-    parser = adapt.ConfigParser(config)
+    parser = ConfigParser(config)
     parser.update({"datalist": str(datalist), "cache_rate": 0, "num_workers": 0, "feature_size": 12, "strength": 1})
     batch = next(iter(parser.get_parsed_content("train#dataloader")))
     loss = parser.get_parsed_content("loss")(parser.get_parsed_content("network")(batch["image"]), batch["label"])
@@ -92,7 +95,7 @@ def test_odd_data_is_adapted_to_and_trained_on(name, quick, tmp_path):
 
 def test_every_class_is_the_middle_of_as_many_crops(quick, tmp_path):
     config, _ = adapted(write_cases(tmp_path, ids=(1, 2), shape=(64, 64, 64)), tmp_path / "out")
-    crops = adapt.ConfigParser(config).get_parsed_content("crops")
+    crops = ConfigParser(config).get_parsed_content("crops")
     label = torch.zeros(1, 100, 100, 100)
     label[0, 50, 50, 50], label[0, 20:80, 20:80, 70:90] = 1, 2
     data, found = {"image": label, "label": label}, []
@@ -106,15 +109,15 @@ def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
     """Two cubes of one size and value, one on the right and one on the left; then one behind the other."""
 
     def case(centres):
-        one, two = (adapt.Structure(np.array([500]), np.array(c), np.arange(100.0)) for c in centres)
-        return adapt.Case(np.ones(3), np.full(3, 90.0), False, {1: one, 2: two}, 0)
+        one, two = (measure.Structure(np.array([500]), np.array(c), np.arange(100.0)) for c in centres)
+        return measure.Case(np.ones(3), np.full(3, 90.0), False, {1: one, 2: two}, 0)
 
     labels = ["background", "one", "two"]
     beside, behind = [(20.0, 40, 40), (70.0, 45, 38)], [(40.0, 20, 40), (45.0, 70, 38)]
-    assert adapt.sides([case(beside), case(beside)], labels) == [(1, 2)]
-    assert adapt.sides([case(behind), case(behind)], labels) == []
-    assert adapt.sides([case(beside), case(beside[::-1])], labels) == []
-    assert adapt.sides([case(behind)], ["background", "left kidney", "Right_kidney"]) == [(1, 2)]
+    assert measure.sides([case(beside), case(beside)], labels) == [(1, 2)]
+    assert measure.sides([case(behind), case(behind)], labels) == []
+    assert measure.sides([case(beside), case(beside[::-1])], labels) == []
+    assert measure.sides([case(behind)], ["background", "left kidney", "Right_kidney"]) == [(1, 2)]
     named = {"labels": {"1": "left eye", "2": "right eye"}}
     config, plan = adapted(write_cases(tmp_path, ids=(1, 2), **named), tmp_path / "out")
     assert config["flip_axes"] == [1, 2] and "a flip along x would swap left eye and right eye" in plan
@@ -123,22 +126,22 @@ def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
 
 
 def test_names_are_those_of_the_list():
-    assert adapt.names_of({"labels": {"0": "background", "1": "liver"}}, {1}) == ["background", "liver"]
-    assert adapt.names_of({"labels": {"background": 0, "liver": 2}}, {2, 1}) == ["background", "class 1", "liver"]
-    assert adapt.names_of({}, {1, 3}, ["b", "x", "y", "z"]) == ["b", "x", "y", "z"]
+    assert measure.names_of({"labels": {"0": "background", "1": "liver"}}, {1}) == ["background", "liver"]
+    assert measure.names_of({"labels": {"background": 0, "liver": 2}}, {2, 1}) == ["background", "class 1", "liver"]
+    assert measure.names_of({}, {1, 3}, ["b", "x", "y", "z"]) == ["b", "x", "y", "z"]
 
 
 def test_patches_grow_where_they_hold_least():
-    assert list(adapt.patches(np.array([100, 40, 30]))) == [[64, 32, 32], [96, 32, 32], [96, 64, 32], [128, 64, 32]]
+    assert list(decide.patches(np.array([100, 40, 30]))) == [[64, 32, 32], [96, 32, 32], [96, 64, 32], [128, 64, 32]]
 
 
 def test_a_scan_is_made_coarser_but_small_components_stay():
     spacing_mm, extent_mm = np.array([0.5, 0.5, 3]), np.array([300.0, 300, 300])
-    found = adapt.coarsened(spacing_mm, extent_mm, 1e6, 1e6)
+    found = decide.coarsened(spacing_mm, extent_mm, 1e6, 1e6)
     assert 9e5 < (extent_mm / found).prod() <= 1e6
-    found = adapt.coarsened(spacing_mm, extent_mm, 4e6, 1e6)
+    found = decide.coarsened(spacing_mm, extent_mm, 4e6, 1e6)
     assert found[0] == found[1] > 1 and found[2] == 3
-    assert 3e3 / adapt.coarsened(spacing_mm, extent_mm, 1e4, 3e3).prod() >= adapt.LEAST_VOXELS
+    assert 3e3 / decide.coarsened(spacing_mm, extent_mm, 1e4, 3e3).prod() >= decide.LEAST_VOXELS
 
 
 @pytest.mark.parametrize(
@@ -152,12 +155,12 @@ def test_a_scan_is_made_coarser_but_small_components_stay():
     ],
 )
 def test_what_cannot_be_adapted_to_is_refused(more, arguments, said, quick, tmp_path, capsys):
-    assert adapt.main([str(write_cases(tmp_path, **more)), str(tmp_path / "out"), *arguments]) == 2
+    assert main([str(write_cases(tmp_path, **more)), str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_in_use_is_refused(tmp_path, capsys):
-    assert adapt.main([str(write_cases(tmp_path)), str(tmp_path)]) == 2
+    assert main([str(write_cases(tmp_path)), str(tmp_path)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
 

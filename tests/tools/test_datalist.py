@@ -576,8 +576,7 @@ def test_labels(tmp_path, capsys):
     assert "for segmentation, 0.25 held out" in found["description"] and "self-supervised" not in found["description"]
     printed = capsys.readouterr().out
     assert "labels found: 0 1 2 3 (in 4 scans)" in printed and "Note" not in printed
-    bundle = "bundles/btcv_ct_segmentation"
-    assert f"--config_file {bundle}/configs/train.json --bundle_root {bundle} --datalist {tmp_path}/out.json" in printed
+    assert printed.endswith(f"python -m tools.adapt {tmp_path}/out.json adapted\n")
     rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
     assert [row["label"] for row in rows] == [f"img/labelsTr/label00{n}.nii.gz" for n in range(10, 14)]
 
@@ -598,7 +597,7 @@ def test_labels_below_the_source_are_no_scans(tmp_path, capsys, workers):
         assert sorted(e["fold"] for e in entries) == [0, 1, 2]
         assert len((tmp_path / "out_report.csv").read_text().splitlines()) == 4
         printed = capsys.readouterr().out
-        assert "labels found: 0 1 2 3 (in 3 scans)" in printed and "bundles/feta_mri_segmentation" in printed
+        assert "labels found: 0 1 2 3 (in 3 scans)" in printed and "tools.adapt" in printed
     scan(tmp_path / "feta" / "sub-0" / "notes.nii.gz")
     assert main([*command, "--labels", "_T2w=_dseg"]) == 2
     assert "no '_T2w' to replace in" in (sentence := capsys.readouterr().err) and "sub-0/notes.nii.gz" in sentence

@@ -1,49 +1,22 @@
-"""Write a bundle for any labelled data list: measure the data, decide the settings, and say why in configs/plan.md.
-
-    python -m tools.adapt DATALIST.json OUT_BUNDLE --minutes 60
-    python -m tools.adapt DATALIST.json OUT_BUNDLE --pretrained runs/pretraining --learning_rate 0.001
-
-The bundle is btcv_ct_segmentation (CT) or feta_mri_segmentation (MRI), with the recipe of configs/field.json and what
-was decided. Each decision is an id: one that is given, as `--id value`, stays as it is given.
-"""
-
-from __future__ import annotations
+"""What is decided by the measures, each value with its reason, and what a training step costs on this machine."""
 
 import argparse
 import json
 import math
 import os
-import shlex
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from monai.transforms import Compose, Orientationd
-from scipy import ndimage
-from tqdm import tqdm
 
-from custom.data import LoadLabeld, LoadScand, read_datalist
-from custom.data.datalist import SECTIONS
-from custom.data.values import Values
 from custom.engine.checkpoint import read_weights, training_of, weights_file
-from custom.engine.run_bundle import apply, copy_bundle
 from custom.errors import BadInput
-from custom.files import read_json, write_json, write_text
-from custom.text import did_you_mean, markdown_table
-from tools._cli import ROOT, near, say, tool
-from tools.verify import quiet
+from tools.adapt.measure import Case, sides
 
-MOST_ID = 255  # of a class
-SAMPLED = 2000  # voxels of a class in a case whose values are looked at
-AIR_HU = -500  # below is no body
 SHOWN = 60  # characters of a value in the plan
 MARGIN_HU = 100  # of the window, on both sides of what is labelled
 SMALLEST = (64, 32, 32)  # patch
@@ -61,24 +34,6 @@ OVERLAP = 0.25  # of windows
 START_SECONDS = 20  # from the command to the first scan
 TRAINING = 0.85  # share of the time; the rest is loading and saving
 VALIDATIONS = 0.1  # share of it
-
-
-class Structure(NamedTuple):
-    """A class in a case: voxels of each component, centre (3,) in mm, and some of its values in the first channel."""
-
-    components: np.ndarray
-    centre_mm: np.ndarray
-    values: np.ndarray
-
-
-class Case(NamedTuple):
-    """A case, turned to RAS: spacing and extent (3,) of what is not background, in mm, and its classes by id."""
-
-    spacing_mm: np.ndarray
-    extent_mm: np.ndarray
-    in_hu: bool
-    classes: dict[int, Structure]
-    seconds: float
 
 
 class Task(NamedTuple):
@@ -159,90 +114,6 @@ def recipe(bundle: Path) -> dict[str, Any]:
     parser = ConfigParser()
     parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", "field")])
     return parser.get()
-
-
-def measure(item: dict, channels: int) -> Case:
-    """Load a case as a training does, and measure it.
-
-    Raises:
-        BadInput: for what a training refuses, and ids above `MOST_ID`.
-    """
-    started = time.monotonic()
-    names = [str(number) for number in range(MOST_ID + 1)]
-    turn = Orientationd(["image", "label"], "RAS", labels=None)
-    data = Compose([LoadScand("image", channels), LoadLabeld("label", names), turn])(item)
-    seconds, spacing_mm = time.monotonic() - started, data["image"].pixdim.numpy()
-    image, label = (data[key].numpy()[0] for key in ("image", "label"))
-    in_hu = not Values().add(image).note("ct")
-    body = ndimage.find_objects((image > AIR_HU if in_hu else image != 0).astype(np.int8))[0]
-    extent_mm = spacing_mm * [part.stop - part.start for part in body]
-    classes = {}
-    for id, box in enumerate(ndimage.find_objects(label), 1):
-        if box is not None:
-            inside = label[box] == id
-            sizes = np.bincount(ndimage.label(inside)[0].ravel())[1:]
-            centre_mm = spacing_mm * (np.argwhere(inside).mean(0) + [part.start for part in box])
-            classes[id] = Structure(sizes, centre_mm, image[box][inside][:: max(1, sizes.sum() // SAMPLED)])
-    return Case(spacing_mm, extent_mm, in_hu, classes, seconds)
-
-
-def channels_of(item: dict) -> int:
-    """Return how many channels a case has: its files, or the images in its file."""
-    if not isinstance(item["image"], str):
-        return len(item["image"])
-    return (*nibabel.load(item["image"]).shape, 1)[3]
-
-
-def names_of(content: dict, present: set[int], given: Sequence[str] | None = None) -> list[str]:
-    """Return the names of the classes by their ids, background first: as given, as in the list's "labels", or numbers.
-
-    Raises:
-        BadInput: where no label map has a class, or fewer names are given than ids are there, or most ids up to the
-            last are not there.
-    """
-    if not present:
-        raise BadInput("No label map has any class, so there is nothing to learn; correct the data list.")
-    if given is not None:
-        if len(given) <= max(present):
-            raise BadInput(f"--labels has {len(given)} names with the background, but the ids go up to {max(present)}.")
-        return list(given)
-    named = {0: "background"}
-    for pair in dict(content.get("labels") or {}).items():  # {"1": "liver"}, or as nnU-Net has it {"liver": 1}
-        named |= {int(key): str(name) for key, name in (pair, pair[::-1]) if str(key).isdecimal()}
-    known = present | named.keys()
-    if max(known) >= 2 * len(known):
-        raise BadInput(
-            f"The label maps have the ids {', '.join(map(str, sorted(present)))}, and a network has a channel for each "
-            f"id up to the last; renumber them from 1."
-        )
-    return [named.get(id, f"class {id}" if id in present else f"unused {id}") for id in range(max(known) + 1)]
-
-
-def sides(cases: Sequence[Case], labels: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the pairs of classes that differ by side alone, by name or in all cases that have both, two or more.
-
-    There one is always on the same side of the other, more than twice as far along x as along y and z, at most twice as
-    large, and has a median value among the other's.
-    """
-
-    def swapped(name: str) -> str:
-        words = name.lower().replace("_", " ").split()
-        return " ".join({"left": "right", "right": "left", "l": "r", "r": "l"}.get(word, word) for word in words)
-
-    def mirrored(one: Structure, two: Structure) -> bool:
-        x, y, z = abs(one.centre_mm - two.centre_mm)
-        low, high = np.quantile(two.values, [0.1, 0.9])
-        alike = 0.5 < one.components.sum() / two.components.sum() < 2 and low <= np.median(one.values) <= high
-        return alike and x > 2 * max(y, z)
-
-    def differ_by_side(one: int, two: int) -> bool:
-        if swapped(labels[one]) == labels[two].lower().replace("_", " ") != labels[one].lower():
-            return True
-        both = [(case.classes[one], case.classes[two]) for case in cases if {one, two} <= case.classes.keys()]
-        orders = {a.centre_mm[0] < b.centre_mm[0] for a, b in both}
-        return len(both) > 1 and len(orders) == 1 and all(mirrored(*pair) for pair in both)
-
-    return [pair for pair in combinations(range(1, len(labels)), 2) if differ_by_side(*pair)]
 
 
 def cost(config: dict[str, Any], ids: dict[str, Any]) -> tuple[float, float]:
@@ -448,6 +319,12 @@ def decide_length(plan: Plan, task: Task, budget: Budget, extent: np.ndarray) ->
     plan.set("cache_rate", math.floor(100 * min(1, ram() / 2 / size)) / 100, why)
 
 
+def strength_of(minutes: float) -> tuple[float, str]:
+    """Return how strong the augmentation is, in [0, 1], and why."""
+    value = round(min(1.0, max(0.0, math.log(minutes / 10) / math.log(24))), 2)
+    return value, "none up to 10 minutes, all of it from 4 hours on"
+
+
 def note_classes(plan: Plan, task: Task) -> None:
     """Note classes that cases lack, and empty label maps."""
     for id, name in enumerate(task.labels[1:], 1):
@@ -466,12 +343,6 @@ def note_classes(plan: Plan, task: Task) -> None:
         )
 
 
-def strength_of(minutes: float) -> tuple[float, str]:
-    """Return how strong the augmentation is, in [0, 1], and why."""
-    value = round(min(1.0, max(0.0, math.log(minutes / 10) / math.log(24))), 2)
-    return value, "none up to 10 minutes, all of it from 4 hours on"
-
-
 def ram() -> float:
     """Return the bytes of the machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -483,160 +354,3 @@ def _by(numbers: np.ndarray) -> str:
 
 def _mm(numbers: np.ndarray) -> str:
     return f"{' x '.join(f'{number:.3g}' for number in numbers)} mm"
-
-
-def load(options: argparse.Namespace) -> Task:
-    """Read the data list and measure all of its cases.
-
-    Raises:
-        BadInput: for a list or a case that training would refuse, and see `names_of`.
-    """
-    folder = os.path.dirname(os.path.abspath(options.datalist))
-    items = {name: read_datalist(options.datalist, name, folder, labelled=True) for name in SECTIONS}
-    content = read_json(options.datalist)
-    channels = options.ids.get("in_channels") or channels_of(items["training"][0])
-    bar = tqdm(sum(items.values(), []), "measuring", unit="case", disable=None)
-    cases = [measure(item, channels) for item in bar]
-    listed = {str(entry.get("modality", "")).lower() for name in SECTIONS for entry in content[name]} - {""}
-    listed = listed or {str(name).lower() for name in dict(content.get("modality") or {}).values()}
-    listed = listed or {"ct" if all(case.in_hu for case in cases) else "mri"}
-    if "ct" in listed and len(listed) > 1:
-        raise BadInput(f"{options.datalist} has CT and {', '.join(listed - {'ct'})}; make a list of each.")
-    modality = options.ids.get("modality") or sorted(listed)[0]
-    present = {id for case in cases for id in case.classes}
-    labels = names_of(content, present, options.ids.get("labels"))
-    bundle = ROOT / "bundles" / ("btcv_ct_segmentation" if modality == "ct" else "feta_mri_segmentation")
-    count = len(items["training"])
-    return Task(bundle, cases[:count], cases[count:], labels, modality, channels, options)
-
-
-README = """# {name}
-
-A Swin UNETR that segments {classes} in {modality}. It was adapted to its data by `tools.adapt` of DAE Bundles;
-[the plan](../configs/plan.md) says what was measured and decided. Where the bundle has weights, in `models/`,
-`docs/training.json` says how they were trained. Research only, not for clinical use.
-
-| id | class |
-|---|---|
-{rows}
-
-## Commands
-
-In the bundle's folder. Train, evaluate, and segment a scan or a folder of scans:
-
-    python -m monai.bundle run --config_file configs/train.json --datalist LIST.json --output_dir runs/a
-    python -m monai.bundle run --config_file "['runs/a/configs/train.json','runs/a/configs/evaluate.json']" \\
-        --bundle_root runs/a
-    python -m monai.bundle run --config_file runs/a/configs/inference.json --bundle_root runs/a \\
-        --dataset_dir scan.nii.gz
-
-## License
-
-The bundle: Apache-2.0. The data has its own: `docs/data_license.txt`.
-"""
-
-
-def write(task: Task, plan: Plan, out: Path) -> None:
-    """Write the bundle: configs, plan, metadata, documentation and licence."""
-    copy_bundle(task.bundle, out, ROOT / "custom")
-    shutil.rmtree(out / "docs")
-    for name in ("datalist.json", "configs/few_labels.json", "configs/field.json", "configs/published.json"):
-        (out / name).unlink(missing_ok=True)
-    preset = read_json(task.bundle / "configs/field.json")
-    single = [
-        id
-        for id in range(1, len(task.labels))
-        if all(len(c.classes[id].components) == 1 for c in task.cases if id in c.classes)
-    ]
-    mirror = {"_target_": "RandFlipd", "keys": "image", "prob": 0.5, "spatial_axis": plan.ids["flip_axes"]}
-    ensemble = {"postprocessing#transforms#4#applied_labels": single, "postprocessing#transforms#4#independent": True}
-    if plan.ids["flip_axes"] != [0, 1, 2]:
-        ensemble["inferer#transform"] = mirror
-    apply(preset | plan.ids, out, ensemble)
-    file = out / "configs/metadata.json"
-    metadata = read_json(file)
-    classes = ", ".join(task.labels[1:])
-    metadata |= {
-        "name": out.name,
-        "task": f"Segmentation of {classes} in {task.modality.upper()}",
-        "description": f"A Swin UNETR that segments {classes} in {task.modality.upper()}",
-        "data_source": "see docs/data_license.txt",
-        "image_classes": f"{task.channels} channel(s) of {task.modality.upper()}",
-        "references": metadata["references"][1:],
-    }
-    write_json(file, metadata)
-    rows = "\n".join(f"| {id} | {name} |" for id, name in enumerate(task.labels))
-    words = {"name": out.name, "classes": classes, "modality": task.modality.upper(), "rows": rows}
-    write_text(out / "docs/README.md", README.format(**words))
-    write_text(
-        out / "docs/data_license.txt", "The data is not part of this bundle. Name its source and licence here.\n"
-    )
-    write_text(out / "configs/plan.md", plan_text(task, plan, out.name))
-
-
-def plan_text(task: Task, plan: Plan, name: str) -> str:
-    """Return the plan: what was measured, decided and noted."""
-    total, component = task.sizes_mm3(np.sum), task.sizes_mm3(np.median)
-    rows = [["id", "class", "cases", "ml", "components", "ml of a component", "values"]]
-    for id, values in task.values().items():
-        counts = [len(case.classes[id].components) for case in task.cases if id in case.classes]
-        sizes = [f"{total[id] / 1e3:.3g}", f"{np.median(counts):.0f}", f"{component[id] / 1e3:.3g}"]
-        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
-        rows.append([str(id), task.labels[id], str(len(counts)), *sizes, f"{low:.4g}, {middle:.4g}, {high:.4g}"])
-    lines = "\n".join(plan.lines)
-    notes = "".join(f"- {note}\n" for note in plan.notes) or "- Nothing.\n"
-    return f"""# Plan of {name}
-
-Measured on {len(task.cases)} cases to train on; {len(task.held_out)} more validate. The numbers are medians of the
-cases. The values are the 10th, 50th and 90th percentile of the labelled voxels.
-
-{markdown_table(rows)}
-
-## Decisions
-
-Each is an id of `train.json`. Change it there, or on the command line: `--learning_rate 0.001`.
-
-{lines}
-
-## Look at
-
-{notes}"""
-
-
-@quiet()
-def adapt(options: argparse.Namespace) -> None:
-    """Measure, decide and write.
-
-    Raises:
-        BadInput: for a folder that is in use, ids that the bundles do not have, and see `load` and `decide`.
-    """
-    out = options.out.resolve()
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{options.out} is not empty; name another folder, or remove it.")
-    known = recipe(ROOT / "bundles/btcv_ct_segmentation")
-    for id in options.ids:
-        if id.partition("#")[0] not in known:
-            raise BadInput(f"The bundles have no id `{id}`{did_you_mean(id, known) or '.'}")
-    task = load(options)
-    plan = decide(task)
-    write(task, plan, out)
-    say((out / "configs/plan.md").read_text())
-    start = ["--pretrained", options.pretrained] if options.pretrained else []
-    command = ["--config_file", f"{near(out)}/configs/train.json", "--bundle_root", near(out)]
-    command += ["--datalist", options.datalist, *start, "--output_dir", f"runs/{out.name}"]
-    say(f"Bundle: {options.out}\nNext:\npython -m monai.bundle run {shlex.join(command)}")
-
-
-def arguments(add: Callable) -> None:
-    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else ram() / 2
-    add("datalist", metavar="DATALIST.json", help="labelled cases to train on and to validate, of tools.datalist")
-    add("out", type=Path, metavar="OUT_BUNDLE", help="folder to write; its name is the bundle's")
-    add("--minutes", type=float, default=60, help="that the training may take on this machine (%(default)s)")
-    add("--memory", type=float, default=memory / 2**30, metavar="GIB", help="that it may take (%(default).0f)")
-    add("--pretrained", metavar="FILE", help="weights of a pre-training, or the folder of its run")
-
-
-main = tool("adapt", __doc__, arguments, adapt, takes_ids=True)
-
-if __name__ == "__main__":
-    sys.exit(main())
