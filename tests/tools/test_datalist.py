@@ -479,6 +479,7 @@ def test_decathlon_json(tmp_path, capsys):
     scan(tmp_path / "set" / "l.nii.gz", nifti(LABEL))
     content = {
         "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver"},
         "training": [{"image": "./images/a.nii.gz", "label": "l.nii.gz", "modality": "t1"}],
         "validation": [{"image": str(tmp_path / "set/images/b.nii.gz"), "modality": "t2"}],
         "test": ["images/c.nii.gz", {"image": "images/d.nii.gz"}],
@@ -488,9 +489,10 @@ def test_decathlon_json(tmp_path, capsys):
     found = run(tmp_path, f"ct={path}", "--validation", "0")
     assert [e["image"] for e in found["training"]] == [f"set/images/{n}.nii.gz" for n in "abcd"]
     assert {e["modality"] for e in found["training"]} == {"ct"}
-    assert all("label" not in e for e in found["training"])  # pre-training needs none
+    assert all("label" not in e for e in found["training"]) and "labels" not in found  # pre-training needs none
     found = run(tmp_path, f"ct={path}", "--validation", "0", "--labels")
     assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None, None, None]
+    assert found["labels"] == content["labels"]
     del content["test"]
     found = run(tmp_path, decathlon(tmp_path, content))
     assert [e["modality"] for e in found["training"]] == ["t1", "t2"]

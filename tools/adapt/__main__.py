@@ -35,8 +35,9 @@ def load(options: argparse.Namespace) -> Task:
     Raises:
         BadInput: for a list or a case that training would refuse, and see `names_of`.
     """
-    folder = os.path.dirname(os.path.abspath(options.datalist))
-    items = {name: read_datalist(options.datalist, name, folder, labelled=True) for name in SECTIONS}
+    folder = options.ids.get("dataset_dir") or os.path.dirname(os.path.abspath(options.datalist))
+    more = {"labelled": True, "fold": options.ids.get("fold")}
+    items = {name: read_datalist(options.datalist, name, folder, **more) for name in SECTIONS}
     content = read_json(options.datalist)
     channels = options.ids.get("in_channels") or channels_of(items["training"][0])
     bar = tqdm(sum(items.values(), []), "measuring", unit="case", disable=None)
@@ -47,10 +48,11 @@ def load(options: argparse.Namespace) -> Task:
     if "ct" in listed and len(listed) > 1:
         raise BadInput(f"{options.datalist} has CT and {', '.join(listed - {'ct'})}; make a list of each.")
     modality = options.ids.get("modality") or sorted(listed)[0]
-    present = {id for case in cases for id in case.classes}
-    labels = names_of(content, present, options.ids.get("labels"))
-    bundle = ROOT / "bundles" / ("btcv_ct_segmentation" if modality == "ct" else "feta_mri_segmentation")
     count = len(items["training"])
+    if not any(case.classes for case in cases[:count]):
+        raise BadInput(f"No label map to train on in {options.datalist} has any class, so there is nothing to learn.")
+    labels = names_of(content, {id for case in cases for id in case.classes}, options.ids.get("labels"))
+    bundle = ROOT / "bundles" / ("btcv_ct_segmentation" if modality == "ct" else "feta_mri_segmentation")
     return Task(bundle, cases[:count], cases[count:], labels, modality, channels, options)
 
 

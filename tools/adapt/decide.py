@@ -230,10 +230,8 @@ def decide_network(plan: Plan, task: Task, start: dict[str, Any]) -> Budget:
     why = "many small updates are ahead of few large ones, and crops of two cases of twice as many of one"
     crops = plan.set("batch_size", 2, why) * plan.set("crops_per_volume", 1, "as above")
     window = start.get("window_size", 7 if gpu else 4)
-    why = (
-        "the pre-training's" if start else "7 takes three times as long with small patches; on a GPU patches are large"
-    )
-    plan.set("network_def#window_size", window, why)
+    why = "7 takes three times as long as 4 with small patches; on a GPU patches are large"
+    plan.set("network_def#window_size", window, "the pre-training's" if start else why)
     fixed = plan.given.get("feature_size", start.get("feature_size"))
     found: list[tuple[int, Budget]] = []
     for width in [fixed] if fixed else WIDTHS:
@@ -278,11 +276,7 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     patch = plan.set("patch_size", patch, why)
     thin = max(spacing) / min(spacing) > ANISOTROPIC
     angles = [0.5 * (not thin or axis == np.argmax(spacing)) for axis in range(3)]
-    why = (
-        "about the thick slices' axis alone: other turns would shear the voxels"
-        if thin
-        else "half a radian about each axis"
-    )
+    why = "about the axis of the thick slices alone: other turns shear their voxels" if thin else "about each axis"
     plan.set("rotation_radians", angles, why)
     smallest = min(components, key=lambda id: components[id])
     share = components[smallest] / np.prod(spacing) / math.prod(patch)
@@ -295,11 +289,8 @@ def decide_length(plan: Plan, task: Task, budget: Budget, extent: np.ndarray) ->
     """Decide how long and how fast to train, and how to validate."""
     patch, minutes = plan.ids["patch_size"], task.options.minutes
     rate = RATE / plan.ids["feature_size"]
-    plan.set(
-        "learning_rate",
-        float(f"{rate:.2g}"),
-        f"{RATE} by the feature size; lower ones do not end higher, also from a start",
-    )
+    why = f"{RATE} by the feature size; lower ones do not end higher, also from a start"
+    plan.set("learning_rate", float(f"{rate:.2g}"), why)
     plan.set("strength", *strength_of(minutes))
     plan.set("overlap", OVERLAP, "of windows in validation and inference; 0.5 takes up to 3.4 times as long")
     windows = [max(1, math.ceil((n / p - 1) / (1 - OVERLAP)) + 1) for n, p in zip(extent, patch, strict=True)]
@@ -311,9 +302,8 @@ def decide_length(plan: Plan, task: Task, budget: Budget, extent: np.ndarray) ->
     interval = max(1, round(iterations / steps / count))
     why = f"{iterations:.0f} iterations in {minutes:g} minutes: a step takes {step:.3g} s, an epoch has {steps}"
     plan.set("max_epochs", interval * count, why)
-    plan.set(
-        "val_interval", interval, f"a validation takes about {validation:.0f} s, {math.prod(windows)} windows a scan"
-    )
+    why = f"a validation takes about {validation:.0f} s, {math.prod(windows)} windows a scan"
+    plan.set("val_interval", interval, why)
     size = len(task.cases) * extent.prod() * (4 * task.channels + 1)
     why = f"the prepared scans take {size / 2**30:.2g} GiB, half of the machine's memory is {ram() / 2**31:.3g}"
     plan.set("cache_rate", math.floor(100 * min(1, ram() / 2 / size)) / 100, why)
@@ -330,17 +320,17 @@ def note_classes(plan: Plan, task: Task) -> None:
     for id, name in enumerate(task.labels[1:], 1):
         train, validate = (sum(id in case.classes for case in cases) for cases in (task.cases, task.held_out))
         if train < len(task.cases) or validate < len(task.held_out):
-            said = "" if train else " It can't be learnt."
             plan.notes.append(
                 f"{name} ({id}) is in {train} of {len(task.cases)} cases to train on and in {validate} of "
-                f"{len(task.held_out)} to validate.{said}"
+                f"{len(task.held_out)} to validate. "
+                + (
+                    "Where it is in a scan but not labelled, it is taken for background."
+                    if train
+                    else "It can't be learnt."
+                )
             )
     if empty := sum(not case.classes for case in [*task.cases, *task.held_out]):
         plan.notes.append(f"{empty} label maps are empty; they teach what is background.")
-    if plan.notes and any("It can" not in note for note in plan.notes):
-        plan.notes.append(
-            "Where a class is in a scan but not in its label map, training and validation take it for background."
-        )
 
 
 def ram() -> float:

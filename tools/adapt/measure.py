@@ -73,11 +73,8 @@ def names_of(content: dict, present: set[int], given: Sequence[str] | None = Non
     """Return the names of the classes by their ids, background first: as given, as in the list's "labels", or numbers.
 
     Raises:
-        BadInput: where no label map has a class, or fewer names are given than ids are there, or most ids up to the
-            last are not there.
+        BadInput: where fewer names are given than ids are there, or most ids up to the last are not there.
     """
-    if not present:
-        raise BadInput("No label map has any class, so there is nothing to learn; correct the data list.")
     if given is not None:
         if len(given) <= max(present):
             raise BadInput(f"--labels has {len(given)} names with the background, but the ids go up to {max(present)}.")
