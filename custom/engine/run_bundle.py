@@ -181,9 +181,9 @@ def copy_bundle(bundle: Path, folder: Path, modules: Path) -> None:
 
 
 def inference_ids(config: dict[str, Any]) -> set[str]:
-    """Return the top-level ids that network, preprocessing and inferer of an inference config are made of."""
+    """Return the top-level ids that network, loading, preprocessing and inferer of an inference config are made of."""
     found: set[str] = set()
-    todo = ["network_def", "preprocessing", "inferer"]
+    todo = [name for name in ("network_def", "load_checked", "preprocessing", "inferer") if name in config]
     while todo:
         name = todo.pop()
         if name not in found:

@@ -80,6 +80,7 @@ ODD = {
 def test_odd_data_is_adapted_to_and_trained_on(name, quick, tmp_path):
     datalist = write_cases(tmp_path, **ODD[name])
     config, plan = adapted(datalist, tmp_path / "out")
+    verify.check_agreement(tmp_path / "out")
     assert (config["modality"] == "ct") == ("CT" in name)
     assert len(config["labels"]) == 1 + max(ODD[name].get("ids", (1,)))
     assert ("1 label maps are empty" in plan) == ("empty" in name)
