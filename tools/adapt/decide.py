@@ -29,6 +29,7 @@ LARGE = 0.9  # share of the cases that are smaller than what is taken for the si
 FITS = 1.3  # an axis is made coarser by so much at most, for a patch to hold it
 NEAR = 1.5  # ratio of two spacings that count as alike
 ANISOTROPIC = 3  # ratio of spacings
+ONE_COMPONENT = 0.9  # share of a class in its largest component
 RATE = 0.036  # learning rate times feature size
 OVERLAP = 0.25  # of windows
 START_SECONDS = 20  # from the command to the first scan
@@ -84,7 +85,7 @@ class Budget(NamedTuple):
 
 
 class Plan:
-    """Ids with their values and reasons, in the order in which they were decided.
+    """Ids of training and inference, and of the ensemble, with the reasons in the order in which they were decided.
 
     Args:
         given: ids that the user has decided.
@@ -93,6 +94,7 @@ class Plan:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given = dict(given)
         self.ids = dict(given)
+        self.ensemble: dict[str, Any] = {}
         self.lines: list[str] = []
         self.notes: list[str] = []
 
@@ -196,6 +198,7 @@ def decide(task: Task) -> Plan:
     start = start_of(task.options.pretrained)
     budget = decide_network(plan, task, start)
     decide_length(plan, task, budget, decide_grid(plan, task, budget, start))
+    decide_ensemble(plan, task)
     note_classes(plan, task)
     return plan
 
@@ -307,6 +310,25 @@ def decide_length(plan: Plan, task: Task, budget: Budget, extent: np.ndarray) ->
     size = len(task.cases) * extent.prod() * (4 * task.channels + 1)
     why = f"the prepared scans take {size / 2**30:.2g} GiB, half of the machine's memory is {ram() / 2**31:.3g}"
     plan.set("cache_rate", math.floor(100 * min(1, ram() / 2 / size)) / 100, why)
+
+
+def decide_ensemble(plan: Plan, task: Task) -> None:
+    """Decide which mirrored copies an ensemble sees, and of which classes it keeps the largest component alone."""
+    axes = plan.ids["flip_axes"] if plan.ids["strength"] else []
+    mirror = {"_target_": "RandFlipd", "keys": "image", "prob": 0.5, "spatial_axis": axes}
+    plan.ensemble = {"inferer#transform": mirror} if axes != [0, 1, 2] else {}
+    plan.ensemble["test_time_examples"] = 8 if axes else 0
+    plan.tell(
+        "test_time_examples", str(plan.ensemble["test_time_examples"]), "mirrored as in training, by ensemble.json"
+    )
+    found = {id: [case.classes[id].components for case in task.cases if id in case.classes] for id in task.values()}
+    single = [id for id, sizes in found.items() if min(s.max() / s.sum() for s in sizes) > ONE_COMPONENT]
+    step = "postprocessing#transforms#4"
+    plan.ensemble |= {f"{step}#applied_labels": single, f"{step}#independent": True}
+    why = (
+        f"their largest component has more than {ONE_COMPONENT:.0%} of them in every case; an ensemble keeps that alone"
+    )
+    plan.tell("applied_labels", json.dumps([task.labels[id] for id in single]), why)
 
 
 def strength_of(minutes: float) -> tuple[float, str]:

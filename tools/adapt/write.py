@@ -44,16 +44,7 @@ def write(task: Task, plan: Plan, out: Path) -> None:
     for name in ("datalist.json", "configs/few_labels.json", "configs/field.json", "configs/published.json"):
         (out / name).unlink(missing_ok=True)
     preset = read_json(task.bundle / "configs/field.json")
-    single = [
-        id
-        for id in range(1, len(task.labels))
-        if all(len(c.classes[id].components) == 1 for c in task.cases if id in c.classes)
-    ]
-    mirror = {"_target_": "RandFlipd", "keys": "image", "prob": 0.5, "spatial_axis": plan.ids["flip_axes"]}
-    ensemble = {"postprocessing#transforms#4#applied_labels": single, "postprocessing#transforms#4#independent": True}
-    if plan.ids["flip_axes"] != [0, 1, 2]:
-        ensemble["inferer#transform"] = mirror
-    apply(preset | plan.ids, out, ensemble)
+    apply(preset | plan.ids, out, plan.ensemble)
     file = out / "configs/metadata.json"
     metadata = read_json(file)
     classes = ", ".join(task.labels[1:])
@@ -69,9 +60,8 @@ def write(task: Task, plan: Plan, out: Path) -> None:
     rows = "\n".join(f"| {id} | {name} |" for id, name in enumerate(task.labels))
     words = {"name": out.name, "classes": classes, "modality": task.modality.upper(), "rows": rows}
     write_text(out / "docs/README.md", README.format(**words))
-    write_text(
-        out / "docs/data_license.txt", "The data is not part of this bundle. Name its source and licence here.\n"
-    )
+    data = "The data is not part of this bundle. Name its source and licence here.\n"
+    write_text(out / "docs/data_license.txt", data)
     write_text(out / "configs/plan.md", plan_text(task, plan, out.name))
 
 
