@@ -316,7 +316,7 @@ def decide_ensemble(plan: Plan, task: Task) -> None:
     """Decide which mirrored copies an ensemble sees, and of which classes it keeps the largest component alone."""
     axes = plan.ids["flip_axes"] if plan.ids["strength"] else []
     mirror = {"_target_": "RandFlipd", "keys": "image", "prob": 0.5, "spatial_axis": axes}
-    plan.ensemble = {"inferer#transform": mirror} if axes != [0, 1, 2] else {}
+    plan.ensemble = {"inferer#transform": mirror} if 0 < len(axes) < 3 else {}
     plan.ensemble["test_time_examples"] = 8 if axes else 0
     plan.tell(
         "test_time_examples", str(plan.ensemble["test_time_examples"]), "mirrored as in training, by ensemble.json"
