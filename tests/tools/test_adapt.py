@@ -54,7 +54,7 @@ def test_a_bundle_is_written_verified_trained_and_packaged(labelled_lists, tmp_p
     out, run = tmp_path / "organs", tmp_path / "run"
     config, plan = adapted(labelled_lists["ct"], out, "--minutes", "0.1", "--pixdim_mm", "[10,10,10]")
     assert config["labels"] == ["background", *(f"class {id}" for id in range(1, 14))]
-    assert config["pixdim_mm"] == [10, 10, 10] and "given. It would have been [5.25, 6.67, 4.5]: " in plan
+    assert config["pixdim_mm"] == [10, 10, 10] and "given. It would have been [5.25, 5.25, 4.5]: " in plan
     assert config["network_def"]["window_size"] == 4 and config["loss"]["batch"] is True
     verify.verify(out)
     data = {"datalist": labelled_lists["ct"], "patch_size": config["patch_size"], "val_interval": 1}
@@ -134,6 +134,7 @@ def test_names_are_those_of_the_list():
 
 def test_patches_grow_where_they_hold_least():
     assert list(decide.patches(np.array([100, 40, 30]))) == [[64, 32, 32], [96, 32, 32], [96, 64, 32], [128, 64, 32]]
+    assert next(decide.patches(np.array([40, 90, 90]), x_first=True)) == [64, 32, 32]
 
 
 def test_a_scan_is_made_coarser_but_small_components_stay():

@@ -145,14 +145,17 @@ def cost(config: dict[str, Any], ids: dict[str, Any]) -> tuple[float, float]:
     return min(times) / voxels, size / voxels
 
 
-def patches(extent: np.ndarray) -> Iterator[list[int]]:
-    """Yield patches that grow by 32 voxels, each time where they hold least of an extent (3,), until they hold all."""
+def patches(extent: np.ndarray, x_first: bool = False) -> Iterator[list[int]]:
+    """Yield patches that grow by 32 voxels, each time where they hold least of an extent (3,), until they hold all.
+
+    They grow along x first where that tells one side from the other.
+    """
     patch = np.array([32, 32, 32])
-    while True:
+    patch[0 if x_first else np.argmax(extent)] += 32
+    yield patch.tolist()
+    while (patch < extent).any():
         patch[np.argmax(extent / patch)] += 32
         yield patch.tolist()
-        if (patch >= extent).all():
-            return
 
 
 def coarsened(spacing_mm: np.ndarray, extent_mm: np.ndarray, most: float, component_mm3: float) -> np.ndarray:
@@ -204,15 +207,21 @@ def decide(task: Task) -> Plan:
 
 
 def decide_intensity(plan: Plan, task: Task) -> None:
-    """Decide the window of a CT; an MRI has the bundle's z-score."""
-    spans = np.array([np.quantile(values, [0.1, 0.9]) for values in task.values().values()])
-    low, high = spans[:, 0].min(), spans[:, 1].max()
+    """Decide the window of a CT; an MRI has the bundle's z-score.
+
+    Of three classes or more, the one that reaches lowest and the one that reaches highest may leave the window: that
+    tells them from the others, which have all of its range.
+    """
+    lows, highs = np.sort([np.quantile(values, [0.1, 0.9]) for values in task.values().values()], axis=0).T
+    but = int(len(lows) > 2)
+    low, high = lows[but], highs[-1 - but]
     if task.modality == "ct":
-        why = f"of each class 80 % lie in {low:.0f} to {high:.0f} HU; {MARGIN_HU} are added on both sides"
+        all_but = f"of all classes{' but one on each side' * but}"
+        why = f"80 % {all_but} lie in {low:.0f} to {high:.0f} HU; {MARGIN_HU} are added"
         plan.set("intensity#a_min", 25 * math.floor(low / 25) - MARGIN_HU, why)
         plan.set("intensity#a_max", 25 * math.ceil(high / 25) + MARGIN_HU, "as above")
     else:
-        why = f"values of MRI have no unit; of each class 80 % lie in {low:.4g} to {high:.4g}"
+        why = "values of MRI have no unit"
         plan.tell("intensity", "z-score of what is not zero", why)
 
 
@@ -255,18 +264,18 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     """Decide spacing and patch, and return the extent (3,) of a scan in voxels."""
     spacing_mm = np.median([case.spacing_mm for case in task.cases], axis=0)
     extent_mm = np.quantile([case.extent_mm for case in task.cases], LARGE, axis=0)
-    growing = list(patches(extent_mm / spacing_mm))
+    x_first = 0 not in plan.ids["flip_axes"]
+    growing = list(patches(extent_mm / spacing_mm, x_first))
     most = max(math.prod(patch) for patch in growing if budget.allows(patch) or patch == growing[0])
     components = task.sizes_mm3(np.median)
     pixdim_mm = coarsened(spacing_mm, extent_mm, PATCHES_PER_SCAN * most, min(components.values()))
     why = f"the scans' median is {_mm(spacing_mm)}, at which a large one has {_by(extent_mm / spacing_mm)} voxels"
     if (pixdim_mm > spacing_mm).any():
         why += f", more than {PATCHES_PER_SCAN} of the largest patches that the budget allows"
-    patch = [patch for patch in patches(extent_mm / pixdim_mm) if math.prod(patch) <= most][-1]
-    for axis, extent in enumerate(extent_mm / pixdim_mm):
-        if patch[axis] < extent <= FITS * patch[axis]:
-            pixdim_mm[axis] = extent_mm[axis] / (patch[axis] - 0.5)  # rounded, it still fits
-            why += f"; along {'xyz'[axis]} a patch then holds it"
+    patch = [patch for patch in patches(extent_mm / pixdim_mm, x_first) if math.prod(patch) <= most][-1]
+    least_mm = extent_mm / (np.array(patch) - 0.5)  # rounded, a scan still fits into a patch
+    if (pixdim_mm < least_mm).any() and (least_mm < FITS * pixdim_mm).all():
+        pixdim_mm, why = np.maximum(pixdim_mm, least_mm), f"{why}; here a patch holds a whole one"
     known = start.get("pixdim_mm")
     if known and max(abs(np.log(np.divide(known, pixdim_mm)))) < np.log(NEAR):
         pixdim_mm, why = np.array(known), f"the pre-training's, near {_mm(pixdim_mm)}; {why}"
