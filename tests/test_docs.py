@@ -20,7 +20,10 @@ TABLE = ROOT / "docs/reference/ids.md"
 # What MONAI's command line takes beside ids, and an id of MONAI's own.
 NOT_IDS = {"config_file", "logging_file", "meta_file", "args_file"}
 # Ids that users may set although they are no plain values, and plain values that are none of theirs.
-SETTINGS = {"modalities", "intensity", "labels", "disruptions", "patch_size", "pixdim_mm"}
+SETTINGS = {
+    *("modalities", "intensity", "labels", "disruptions", "patch_size", "pixdim_mm"),
+    *("flip_axes", "rotation_radians"),
+}
 INTERNAL = {"network", "rank", "pred_keys"}
 
 

@@ -40,7 +40,6 @@ from tools._cli import ROOT, near, say, tool
 from tools.datalist_check import FileReport, inspect_file
 
 MODALITIES = ("ct", "t1", "t1ce", "t2", "flair")
-NEXT_COMMAND = "python -m monai.bundle run --config_file {0}/configs/train.json --bundle_root {0} --datalist {1}"
 VALIDATION = 0.05  # share held out if neither --validation nor --folds is given
 SHOWN = 5  # file names printed per kind of refusal
 SHOWN_IDS = 50  # label ids printed; a scan taken for a label has thousands
@@ -175,6 +174,14 @@ def _decathlon(
     if left_out:
         say(f"Note: {left_out} 'test' entries of {path} have no label and are left out.")
     return found
+
+
+def class_names(sources: Iterable[str]) -> dict[str, dict]:
+    """Return {"labels": ids and names of the classes}, where Decathlon sources have them and agree; else nothing."""
+    files = [path for source in sources if os.path.isfile(path := source.partition("=")[2] or source)]
+    named = [read_json(file).get("labels") for file in files if file.lower().endswith(".json")]
+    agree = named and isinstance(named[0], dict) and all(names == named[0] for names in named)
+    return {"labels": named[0]} if agree else {}
 
 
 def add_files(scans: Iterable[Scan], label_pairs: list[str], channel_pairs: Sequence[str] = ()) -> list[Scan]:
@@ -471,8 +478,6 @@ def build(options: argparse.Namespace) -> None:
         entry |= {"patient": keys[scan], "fold": folds.get(keys[scan], "")}
         lists[sides[scan]].append({key: value for key, value in entry.items() if value != ""})
     bare = sum(not scan.label for scan in accepted)
-    ct = all(scan.modality == "ct" for scan in accepted)
-    bundle = "dae_pretraining" if bare else "btcv_ct_segmentation" if ct else "feta_mri_segmentation"
     purpose = "self-supervised pre-training" if bare else "segmentation"
     held = f"{options.folds} folds, fold 0" if folds else f"{share:g}"
     about = f"{len(groups)} patients' 3D scans for {purpose}, {held} held out"
@@ -489,7 +494,8 @@ def build(options: argparse.Namespace) -> None:
         writer.writerow((name(scan.path), name(scan.label), scan.modality, "", "", "", "duplicate", "listed once", ""))
     report_file = out.with_name(f"{out.stem}_report.csv")
     write_text(report_file, table.getvalue())
-    write_json(out, {"name": out.stem, "description": about, "seed": options.seed, **lists})
+    named = {} if options.labels is None else class_names(options.source)
+    write_json(out, {"name": out.stem, "description": about, "seed": options.seed, **named, **lists})
     if 0 < bare < len(accepted):
         say(f"Note: {bare} of {len(accepted)} scans have no label, so this is no list for segmentation.")
     if share and not lists["validation"]:
@@ -498,8 +504,11 @@ def build(options: argparse.Namespace) -> None:
     if labels:
         say(f"Note: {labels} files lie in folders named like labels; are they scans?")
     say(f"All files, one per row: {report_file}\nData list: {out}\nNext:")
-    command = NEXT_COMMAND.format(shlex.quote(near(ROOT / "bundles" / bundle)), shlex.quote(str(out)))
-    say(command + f" --in_channels {channels}" * (channels > 1))
+    bundle, file = shlex.quote(near(ROOT / "bundles/dae_pretraining")), shlex.quote(str(out))
+    train = (
+        f"python -m monai.bundle run --config_file {bundle}/configs/train.json --bundle_root {bundle} --datalist {file}"
+    )
+    say(train if bare else f"python -m tools.adapt {file} adapted")
 
 
 def arguments(add: Callable) -> None:

@@ -17,21 +17,23 @@ fi
 
 # train_and_evaluate BUNDLE DATALIST OVERRIDES...: a training leaves a bundle, which evaluates itself.
 train_and_evaluate() {
-    local run="quickstart/$1"
-    python -W ignore -m monai.bundle run --config_file "bundles/$1/configs/train.json" --bundle_root "bundles/$1" \
-        --datalist "$2" --output_dir "$run" --feature_size 12 --patch_size "[64,32,32]" --num_workers 0 "${@:3}"
+    local run="quickstart/$(basename "$1")_run"
+    python -W ignore -m monai.bundle run --config_file "$1/configs/train.json" --bundle_root "$1" \
+        --datalist "$2" --output_dir "$run" --num_workers 0 "${@:3}"
     python -W ignore -m monai.bundle run --config_file "['$run/configs/train.json','$run/configs/evaluate.json']" \
         --bundle_root "$run"
 }
-train_and_evaluate dae_pretraining $data/all.json --val_pictures 6 --overlap 0.25 \
+pretrained=quickstart/dae_pretraining_run
+train_and_evaluate bundles/dae_pretraining $data/all.json --feature_size 12 --patch_size "[64,32,32]" \
+    --network_def#network#window_size 4 --val_pictures 6 --overlap 0.25 \
     --max_iterations 150 --warmup_iterations 10 --learning_rate 0.004 --val_interval 4 "$@"
-train_and_evaluate feta_mri_segmentation $data/fetal.json --pretrained quickstart/dae_pretraining --overlap 0.25 \
-    --max_epochs 30 --learning_rate 0.004 --val_interval 10 --loss#weight "[0.1,1,1,1,1,1,1,1]"
+[ -d quickstart/fetal ] || python -m tools.adapt $data/fetal.json quickstart/fetal --pretrained $pretrained --minutes 4
+train_and_evaluate quickstart/fetal $data/fetal.json --pretrained $pretrained
 
 cat <<END
 
-Look at the restored scans:   quickstart/dae_pretraining/evaluation/*.png
-Look at the segmentation:     quickstart/feta_mri_segmentation/evaluation/*.png
+Look at the restored scans:   quickstart/dae_pretraining_run/evaluation/*.png
+Look at the segmentation:     quickstart/fetal_run/evaluation/*.png
 Watch the training:           .venv/bin/tensorboard --logdir quickstart
 Next, your own scans:         .venv/bin/python -m tools.datalist my_scans.json ct=/folder/of/ct t1=/folder/of/t1
 END

@@ -41,12 +41,12 @@ REQUIRED = (
 )
 OVERLAYS = {
     "ensemble": "inference",
-    **dict.fromkeys(("evaluate", "multi_gpu_train", "published", "few_labels"), "train"),
+    **dict.fromkeys(("evaluate", "multi_gpu_train", "published", "few_labels", "field"), "train"),
 }
 # What monai.bundle or its consumers read by name.
 ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "val_interval", "train#trainer", "postprocessing"}
 # What train and inference each have for themselves, though by the same name.
-OWN = {"imports", "initialize", "run", "dataset_dir", "output_dir", "ckpt_dir"}
+OWN = {"imports", "initialize", "run", "dataset_dir", "output_dir", "ckpt_dir", "network"}
 # The smallest network and patch, for what holds at any size.
 SMALL: dict[str, Any] = {"feature_size": 12, "patch_size": [64, 32, 32]}
 SUMS = "SHA256SUMS"

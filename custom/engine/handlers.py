@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ignite.distributed as idist
@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 
 from custom.data.dataset import CaseDataset
 from custom.errors import BadInput
+from custom.evaluation.metrics import not_learnt
 from custom.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -94,18 +95,29 @@ class MetricsLog:
 
 
 class TrainingSummary:
-    """Print at the end of a training what it leaves, which cases were left out, and what to do next.
+    """Print at the end of a training what it leaves, cases left out, classes not learnt, and what to do next.
 
     Args:
         output_dir: folder of the run.
         ckpt_dir: folder of its weights.
         dataset: of the training.
+        evaluator: of a segmentation, whose last "val_mean_dice" tells which classes are not learnt.
+        labels: their names, background first.
     """
 
-    def __init__(self, output_dir: str, ckpt_dir: str, dataset: CaseDataset) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        ckpt_dir: str,
+        dataset: CaseDataset,
+        evaluator: Engine | None = None,
+        labels: Sequence[str] = (),
+    ) -> None:
         self.output_dir = output_dir
         self.ckpt_dir = ckpt_dir
         self.dataset = dataset
+        self.evaluator = evaluator
+        self.classes = list(labels)[1:]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.COMPLETED, self)
@@ -113,6 +125,9 @@ class TrainingSummary:
     def __call__(self, engine: Engine) -> None:
         print(f"\nWeights: {self.ckpt_dir}/model.pt\nMetrics, pictures, TensorBoard: {self.output_dir}")
         print(self.dataset.left_out(), end="")
+        details = getattr(self.evaluator and self.evaluator.state, "metric_details", None) or {}
+        if "val_mean_dice" in details:
+            print(not_learnt(details["val_mean_dice"].cpu().numpy(), self.classes), end="")
         configs = [f"{self.output_dir}/configs/{name}.json" for name in ("train", "evaluate")]
         root = f"--bundle_root {self.output_dir}"
         print(f'Next, evaluate:  python -m monai.bundle run --config_file "{configs}" {root}')

@@ -186,9 +186,9 @@ def copy_bundle(bundle: Path, folder: Path, modules: Path) -> None:
 
 
 def inference_ids(config: dict[str, Any]) -> set[str]:
-    """Return the top-level ids that network, preprocessing and inferer of an inference config are made of."""
+    """Return the top-level ids that network, loading, preprocessing and inferer of an inference config are made of."""
     found: set[str] = set()
-    todo = ["network_def", "preprocessing", "inferer"]
+    todo = [name for name in ("network_def", "load_checked", "preprocessing", "inferer") if name in config]
     while todo:
         name = todo.pop()
         if name not in found:
@@ -208,8 +208,10 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     """
     inference = read_json(folder / "configs/inference.json")
     needed = inference_ids(inference)
-    applies = {"train": None, "inference": needed, "evaluate": set()}
+    applies = {"train": None, "inference": needed, "evaluate": set(), "ensemble": set()}
     for name, ids in applies.items():
+        if not (folder / f"configs/{name}.json").is_file():
+            continue
         config = ConfigParser(read_json(folder / f"configs/{name}.json"))
         here = {id: v for id, v in changed.items() if ids is None or ReferenceResolver.split_id(id)[0] in ids}
         own = set() if name == "train" else {"output_dir", "dataset_dir"}

@@ -17,6 +17,8 @@ from monai.utils import string_list_all_gather
 
 from custom.text import markdown_table
 
+LEARNT = 0.1  # Dice
+
 
 class _LabelMapMetric(CumulativeIterationMetric):
     """Let a distance metric take label maps (1, D, H, W), and give millimetres by the spacing of the true one."""
@@ -69,7 +71,7 @@ class SegmentationReport:
 
     Files: `NAME_raw.csv` of each metric (a row per case, a column per class), `NAME_summary.csv`, `metrics.csv`, and
     `summary.md`, the mean and standard deviation over cases of each class, and those of both means, see `Means`. A
-    class that a case lacks does not count.
+    class that a case lacks does not count; the column of cases says how many the first metric has of it.
 
     Args:
         output_dir: where to write.
@@ -110,7 +112,10 @@ class SegmentationReport:
 
     def _table(self, details: dict[str, np.ndarray]) -> str:
         ends = ("**mean over classes**", "**mean over cases**")
-        rows = [["class", *details], *([name] for name in (*self.classes, *ends))]
+        rows = [["class", "cases", *details], *([name] for name in (*self.classes, *ends))]
+        first = np.isfinite(next(iter(details.values())))
+        for row, count in zip(rows[1:], [*first.sum(0), *[first.any(1).sum()] * 2], strict=True):
+            row.append(str(count))
         for values in details.values():
             known = np.ma.masked_invalid(values)
             for row, column in zip(rows[1:], [*known.T, known.mean(axis=0), known.mean(axis=1)], strict=True):
@@ -123,3 +128,20 @@ def _csv_field(text: str) -> str:
     field = io.StringIO()
     csv.writer(field, lineterminator="").writerow([text])
     return field.getvalue()
+
+
+def not_learnt(dice: np.ndarray, classes: Sequence[str]) -> str:
+    """Name the classes whose mean Dice is below `LEARNT`, with it, and what to change; "" where there are none.
+
+    Args:
+        dice: (cases, classes), NaN where a case lacks a class.
+        classes: their names, without background.
+    """
+    means = zip(classes, np.ma.masked_invalid(dice).mean(0).filled(1), strict=True)
+    if not (missed := [f"{name} ({mean:.3f})" for name, mean in means if mean < LEARNT]):
+        return ""
+    return (
+        f"Not learnt, by a Dice below {LEARNT} in the last validation: {', '.join(missed)}. Train longer "
+        f"(--max_epochs), at a finer spacing (--pixdim_mm), or with crops and loss of configs/field.json, which "
+        f"small classes need; python -m tools.adapt chooses all of these.\n"
+    )

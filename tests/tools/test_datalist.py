@@ -483,6 +483,7 @@ def test_decathlon_json(tmp_path, capsys):
     scan(tmp_path / "set" / "l.nii.gz", nifti(LABEL))
     content = {
         "modality": {"0": "CT"},
+        "labels": {"0": "background", "1": "liver"},
         "training": [{"image": "./images/a.nii.gz", "label": "l.nii.gz", "modality": "t1"}],
         "validation": [{"image": str(tmp_path / "set/images/b.nii.gz"), "modality": "t2"}],
         "test": ["images/c.nii.gz", {"image": "images/d.nii.gz"}],
@@ -492,10 +493,11 @@ def test_decathlon_json(tmp_path, capsys):
     found = run(tmp_path, f"ct={path}", "--validation", "0")
     assert [e["image"] for e in found["training"]] == [f"set/images/{n}.nii.gz" for n in "abcd"]
     assert {e["modality"] for e in found["training"]} == {"ct"}
-    assert all("label" not in e for e in found["training"])  # pre-training needs none
+    assert all("label" not in e for e in found["training"]) and "labels" not in found  # pre-training needs none
     found = run(tmp_path, f"ct={path}", "--validation", "0", "--labels")
     assert [e.get("label") for e in found["training"]] == ["set/l.nii.gz", None]
     assert f"Note: 2 'test' entries of {path} have no label and are left out." in capsys.readouterr().out
+    assert found["labels"] == content["labels"]
     del content["test"]
     found = run(tmp_path, decathlon(tmp_path, content))
     assert [e["modality"] for e in found["training"]] == ["t1", "t2"]
@@ -582,8 +584,7 @@ def test_labels(tmp_path, capsys):
     assert "for segmentation, 0.25 held out" in found["description"] and "self-supervised" not in found["description"]
     printed = capsys.readouterr().out
     assert "labels found: 0 1 2 3 (in 4 scans)" in printed and "Note" not in printed
-    bundle = "bundles/btcv_ct_segmentation"
-    assert f"--config_file {bundle}/configs/train.json --bundle_root {bundle} --datalist {tmp_path}/out.json" in printed
+    assert printed.endswith(f"python -m tools.adapt {tmp_path}/out.json adapted\n")
     rows = list(csv.DictReader((tmp_path / "out_report.csv").open()))
     assert [row["label"] for row in rows] == [f"img/labelsTr/label00{n}.nii.gz" for n in range(10, 14)]
 
@@ -604,7 +605,7 @@ def test_labels_below_the_source_are_no_scans(tmp_path, capsys, workers):
         assert sorted(e["fold"] for e in entries) == [0, 1, 2]
         assert len((tmp_path / "out_report.csv").read_text().splitlines()) == 4
         printed = capsys.readouterr().out
-        assert "labels found: 0 1 2 3 (in 3 scans)" in printed and "bundles/feta_mri_segmentation" in printed
+        assert "labels found: 0 1 2 3 (in 3 scans)" in printed and "tools.adapt" in printed
     scan(tmp_path / "feta" / "sub-0" / "notes.nii.gz")
     assert main([*command, "--labels", "_T2w=_dseg"]) == 2
     assert "no '_T2w' to replace in" in (sentence := capsys.readouterr().err) and "sub-0/notes.nii.gz" in sentence
@@ -782,7 +783,7 @@ def test_several_channels_are_listed_as_training_reads_them(tmp_path, capsys, ki
     given = [] if kind is files_in_folders else ["--in_channels", "3"]
     found = run(tmp_path, *arguments, *given, "--folds", "2")
     printed = capsys.readouterr().out
-    assert "in 4 scans" in printed and printed.rstrip().endswith("out.json --in_channels 3")
+    assert "in 4 scans" in printed and printed.rstrip().endswith("out.json adapted")
     assert len(found["training"]) == len(found["validation"]) == 2
     for section, fold in (("training", 0), ("validation", 0)):
         for item in read_datalist(tmp_path / "out.json", section, tmp_path, labelled=True, fold=fold):

@@ -10,7 +10,7 @@ from monai.metrics import DiceMetric
 from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 
-from custom.evaluation.metrics import HausdorffDistance, Means, SegmentationReport, SurfaceDistance
+from custom.evaluation.metrics import HausdorffDistance, Means, SegmentationReport, SurfaceDistance, not_learnt
 
 LABELS = ["background", "square", "dot", "absent"]
 
@@ -60,12 +60,20 @@ def test_report_has_a_row_for_each_case_and_a_column_for_each_class(tmp_path, ca
     assert [row[0] for row in csv.reader((tmp_path / "hausdorff_mm_summary.csv").open())][1:3] == labels[1:3]
     assert [float(value) for value in rows[2][1:3]] == [2, 0] and rows[2][3] == "nan" and float(rows[2][4]) == 1
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in (tmp_path / "summary.md").open()]
-    assert table[0] == ["class", "hausdorff_mm", ""] or table[0][:2] == ["class", "hausdorff_mm"]
-    body = {row[0]: row[1] for row in table[2:]}
+    assert table[0][:3] == ["class", "cases", "hausdorff_mm"]
+    assert [row[1] for row in table[2:]] == ["2", "2", "0", "2", "2"]
+    body = {row[0]: row[2] for row in table[2:]}
     # Mean over cases of 0 and 2, of 0 and 0, of none; of the classes' means 1 and 0; of the cases' own means 0 and 1.
     means = {"**mean over classes**": "0.500 ± 0.500", "**mean over cases**": "0.500 ± 0.500"}
     assert body == {"square, left": "1.000 ± 1.000", "dot": "0.000 ± 0.000", "absent": "-", **means}
     assert "| square" in capsys.readouterr().out
+
+
+def test_classes_that_are_not_learnt_are_named_with_the_remedy():
+    dice = np.array([[0.5, 0.02, np.nan, 0.2], [0.7, np.nan, np.nan, 0.0]])
+    told = not_learnt(dice, ["liver", "pancreas", "absent", "spleen"])
+    assert "in the last validation: pancreas (0.020). Train longer" in told
+    assert not_learnt(dice[:, [0, 2]], ["liver", "absent"]) == ""
 
 
 def ball(*centre, radius=3.0, shape=(14, 12, 10)) -> np.ndarray:
