@@ -14,7 +14,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 import custom
 from custom.engine.checkpoint import weights_file
-from custom.engine.config_check import running_workflow, walk
+from custom.engine.config_check import federated_client, running_workflow, walk
 from custom.engine.run_record import RECORD, digest, leaves, overrides, record_of
 from custom.errors import BadInput
 from custom.files import read_json, write_json
@@ -142,6 +142,13 @@ class RunBundle:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration:  # a further round of federated learning
+            return
+        if federated_client() is not None and "pretrained" in self.sources:
+            raise BadInput(
+                "A site of a federation takes its weights from the server, which `pretrained` would not reach; let the "
+                "server start with the transferred weights."
+            )
         workflow, file = running_workflow(), self.folder / RECORD
         record = record_of(workflow, self.sources["datalist"], self.seed, self.sources.get("pretrained"))
         goes_on = self.resume and file.is_file() and any(self.folder.glob("checkpoint_iteration=*.pt"))
