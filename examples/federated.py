@@ -1,52 +1,48 @@
-"""Two sites, one process: federated averaging of a bundle by MONAI's client, in a few lines.
+"""Federated averaging of a bundle by MONAI's client: all sites in one process, see docs/howto/federated.md.
 
-Run it as `python examples/federated.py BUNDLE OUT SITE_A.json SITE_B.json`; see docs/howto/federated.md.
+    python examples/federated.py BUNDLE OUT "['site_a.json', 'site_b.json']" --rounds 100 --schedule_epochs 100
+
+Further settings are ids of the bundle's configs. In pre-training --max_iterations takes the place of --schedule_epochs.
 """
 
-import sys
 from pathlib import Path
 
+import fire
 import torch
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 
 
-def site(bundle: Path, out: Path, name: str, datalist: str, rounds: int, settings: dict) -> MonaiAlgo:
-    """Return a client that trains an epoch in each round and measures the global weights on its own cases."""
-    values = {"datalist": datalist, "output_dir": str(out / name), "ckpt_dir": str(out / name / "models"), **settings}
-    algo = MonaiAlgo(
-        str(bundle),
-        local_epochs=1,
-        send_weight_diff=False,
-        train_kwargs={"schedule_epochs": rounds, **values},
-        eval_kwargs={**values},
-    )
+def site(bundle: str, out: str, datalist: str, settings: dict) -> MonaiAlgo:
+    """Return a client that trains for an epoch in each round, on the cases of its own data list."""
+    name = Path(datalist).stem
+    values = {"datalist": datalist, "output_dir": f"{out}/{name}", "ckpt_dir": f"{out}/{name}/models", **settings}
+    algo = MonaiAlgo(bundle, send_weight_diff=False, train_kwargs={**values}, eval_kwargs={**values})
     algo.initialize({ExtraItems.CLIENT_NAME: name})
     return algo
 
 
 def mean(weights: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the mean of the sites' weights; weigh them by cases where sites differ in size."""
+    """Return the mean of the sites' weights; sites of other sizes are to be weighed by their cases."""
     return {name: torch.stack([part[name].float() for part in weights]).mean(0) for name in weights[0]}
 
 
-def main(bundle: Path, out: Path, datalists: list[str], rounds: int = 2, **settings) -> dict[str, torch.Tensor]:
-    """Train for some rounds and return the global weights, which are also saved in `OUT/model.pt`."""
-    sites = [site(bundle, out, Path(file).stem, file, rounds, settings) for file in datalists]
-    weights = mean([algo.get_weights().weights for algo in sites])  # all sites draw the same from the same seed
-    for number in range(rounds):
+def main(bundle: str, out: str, datalists: list[str], rounds: int, **settings) -> None:
+    """Train for some rounds, print what each site measures, and save the global weights in OUT/model.pt."""
+    sites = [site(str(bundle), str(out), file, settings) for file in datalists]
+    weights = mean([algo.get_weights().weights for algo in sites])  # the same at all sites, by their seed
+    for number in range(1, rounds + 1):
         for algo in sites:
             algo.train(ExchangeObject(weights=weights, weight_type=WeightType.WEIGHTS))
         weights = mean([algo.get_weights().weights for algo in sites])
         for algo in sites:
-            result = algo.evaluate(ExchangeObject(weights=weights, weight_type=WeightType.WEIGHTS))
-            print(f"Round {number + 1}, {algo.client_name}: {result.metrics}")
+            found = algo.evaluate(ExchangeObject(weights=weights, weight_type=WeightType.WEIGHTS)).metrics
+            print(f"Round {number}, {algo.client_name}: {found}")
+        torch.save(weights, f"{out}/model.pt")
     for algo in sites:
         algo.finalize()
-    torch.save(weights, out / "model.pt")
-    return weights
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    fire.Fire(main)

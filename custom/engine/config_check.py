@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -12,6 +13,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 import custom
 from custom.engine.process import change_process
+from custom.engine.run_record import TRACKER
 from custom.errors import BadInput
 from custom.text import did_you_mean
 
@@ -40,6 +42,7 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
     change_process(str(output_dir), bundle)
     check_custom()
     if workflow is not None:
+        use_own_tracker(workflow.parser.config)
         check_paths(workflow.parser.config)
         check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
     check_patch_size(patch_size)
@@ -62,6 +65,19 @@ def check_custom() -> None:
 
 def _modules(folder: Path) -> dict[Path, bytes]:
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.py")}
+
+
+def use_own_tracker(config: dict[str, Any]) -> None:
+    """Let this project's handler take the place of those that MONAI's `--tracking mlflow` has added to a config.
+
+    Raises:
+        BadInput: where MLflow is not installed.
+    """
+    for _, value in walk(config):
+        if isinstance(value, dict) and value.get("_target_") == "MLFlowHandler":
+            if not find_spec("mlflow"):
+                raise BadInput("--tracking mlflow needs MLflow: pip install mlflow.")
+            value["_target_"] = TRACKER  # in place, since the config is parsed already
 
 
 def check_paths(config: dict[str, Any]) -> None:

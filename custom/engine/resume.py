@@ -34,7 +34,7 @@ class RunState:
 
     Attach it after all handlers whose work should be in the state, such as validation.
 
-    A trainer that goes on by itself, as in each round of federated learning, loads nothing: its weights are the server's.
+    A trainer that goes on by itself, as in each round of federated learning, loads nothing.
 
     Args:
         run_dir: folder of the run; a run is resumed if it holds a `checkpoint_iteration=N.pt`.

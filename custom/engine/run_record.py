@@ -27,6 +27,10 @@ TRAINED = (
     *("pixdim_mm", "intensity", "modalities"),
 )
 
+# What MONAI's `--tracking mlflow` adds to a config: ids, and a handler of this class, see `config_check`.
+TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
+TRACKER = "custom.engine.tracking.MLflow"
+
 
 def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, pretrained: str | None) -> dict:
     """Return what a training starts with, for JSON.
@@ -42,7 +46,7 @@ def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, 
         base = ConfigParser()
         base.read_config(str(folder / "train.json"))
         base.resolve_macro_and_relative_ids()
-        changed = overrides(workflow.parser.config, base.config)
+        changed = overrides(without_tracking(workflow.parser.config), base.config)
         settings = {id: workflow.parser.config[id] for id in TRAINED if id in workflow.parser.config}
         earlier = folder.parent / RECORD  # of the training whose own configs these are
         own = {id: value for id, value in base.config.items() if not isinstance(value, dict | list)}
@@ -100,6 +104,15 @@ def leaves(value: Any, id: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(child, f"{id}#{key}" if id else str(key))
     else:
         yield id, value
+
+
+def without_tracking(config: Any) -> Any:
+    """Return a config without what `--tracking mlflow` adds, which is no setting of a training."""
+    if isinstance(config, dict):
+        return {id: without_tracking(value) for id, value in config.items() if id not in TRACKING}
+    if isinstance(config, list):
+        return [part for part in config if not (isinstance(part, dict) and part.get("_target_") == TRACKER)]
+    return config
 
 
 def overrides(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -8,40 +8,31 @@ import subprocess
 import pytest
 import torch
 
-from tests.conftest import PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle
+from tests.conftest import PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
 
 # Two rounds of an epoch, by each bundle's own words for it.
-ROUNDS = {PRETRAINING: ({"max_iterations": 4}, {}), SEGMENTATION[0]: ({}, {"pixdim_mm": [5, 5, 5], "overlap": 0})}
-SCRIPT = """
-import sys
-from pathlib import Path
-sys.path.append({examples!r})
-import federated
-federated.main(Path({bundle!r}), Path({out!r}), {lists!r}, **{settings!r})
-import custom
-assert custom.__file__.startswith({bundle!r}), custom.__file__
-"""
+ROUNDS = {
+    PRETRAINING: {"max_iterations": 4, "warmup_iterations": 1},
+    SEGMENTATION[0]: {"pixdim_mm": [5, 5, 5], "overlap": 0, "schedule_epochs": 2},
+}
 
 
 @pytest.mark.parametrize("bundle", ROUNDS, ids=lambda bundle: bundle.name)
 def test_two_sites_with_equal_data_train_as_one(bundle, tmp_path, small_list, labelled_lists, foreign_python):
-    length, settings = ROUNDS[bundle]
     source = small_list if bundle == PRETRAINING else labelled_lists["ct"]
-    cases = {
-        side: [{key: str(source.parent / v) if key in ("image", "label") else v for key, v in case.items()} for case in part]
-        for side, part in json.loads(source.read_text()).items()
-    }  # fmt: skip
+    cases = json.loads(source.read_text())
+    for case in (case for side in cases.values() for case in side):
+        case |= {key: str(source.parent / case[key]) for key in ("image", "label") if key in case}
     lists = [str(tmp_path / f"{name}.json") for name in ("site_a", "site_b")]
     for file in lists:
         (tmp_path / file).write_text(json.dumps(cases))
-    settings = {**SMALL, "val_pictures": 0, "val_interval": 1, "batch_size": 1, **length, **settings}
+    settings = {**SMALL, "val_pictures": 0, "val_interval": 1, "batch_size": 1, **ROUNDS[bundle]}
     downloaded = tmp_path / "downloaded"
     shutil.copytree(bundle, downloaded)
     (tmp_path / "custom.py").write_text("raise SystemExit('not this one')")
-    script = SCRIPT.format(
-        examples=str(ROOT / "examples"), bundle=str(downloaded), out=str(tmp_path), lists=lists, settings=settings
-    )
-    done = subprocess.run([foreign_python, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    command = [foreign_python, ROOT / "examples/federated.py", downloaded, tmp_path, str(lists), "--rounds", "2"]
+    command += overrides(**settings)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     measured = re.findall(r"^Round (\d), (site_.): \{'val_", done.stdout, re.MULTILINE)
     assert measured == [(number, name) for number in "12" for name in ("site_a", "site_b")]
@@ -50,7 +41,8 @@ def test_two_sites_with_equal_data_train_as_one(bundle, tmp_path, small_list, la
     central = {"max_epochs": 2} if bundle != PRETRAINING else {}
     done = monai_bundle("train", bundle=bundle, datalist=lists[0], **settings, **central, **folders(whole))
     assert done.returncode == 0, done.stderr
-    expected = torch.load(whole / "checkpoint_iteration=4.pt" if bundle == PRETRAINING else next(whole.glob("checkpoint_iteration=2.pt")), weights_only=True)["model"]  # fmt: skip
+    state = whole / f"checkpoint_iteration={4 if bundle == PRETRAINING else 2}.pt"
+    expected = torch.load(state, weights_only=True)["model"]
     found = torch.load(tmp_path / "model.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
