@@ -135,11 +135,12 @@ class RunState:
 
     def check_schedule(self, engine: Engine) -> None:
         """Refuse a training that goes beyond the schedule of its learning rate, as rounds of federated learning may."""
-        end, scheduler = engine.state.max_epochs * engine.state.epoch_length, self.objects.get("lr_scheduler")
-        if end > getattr(scheduler, "t_total", end):
+        end = engine.state.max_epochs * engine.state.epoch_length
+        scheduled = getattr(self.objects.get("lr_scheduler"), "t_total", end)
+        if end > scheduled:
             raise BadInput(
                 f"The training ends after {end} iterations and the schedule of its learning rate after "
-                f"{scheduler.t_total}; give the epochs of all rounds as schedule_epochs, or in pre-training the "
+                f"{scheduled}; give the epochs of all rounds as schedule_epochs, or in pre-training the "
                 f"iterations of all as max_iterations."
             )
 

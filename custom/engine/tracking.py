@@ -24,6 +24,7 @@ class MLflow(MLFlowHandler):
         kwargs: see `MLFlowHandler`. A run is named by its folder, unless `run_name` says otherwise.
     """
 
+    cur_run: Any
     opened: dict[str, "MLflow"] = {}  # the handler that ends a run, by the run's folder
 
     def __init__(self, **kwargs: Any) -> None:
