@@ -25,7 +25,8 @@ def site(bundle: str, out: str, datalist: str, settings: dict) -> MonaiAlgo:
 
 def mean(weights: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Return the mean of the sites' weights; sites of other sizes are to be weighed by their cases."""
-    return {name: torch.stack([part[name].float() for part in weights]).mean(0) for name in weights[0]}
+    means = {name: torch.stack([part[name].double() for part in weights]).mean(0) for name in weights[0]}
+    return {name: value.to(weights[0][name].dtype) for name, value in means.items()}
 
 
 def main(bundle: str, out: str, datalists: list[str], rounds: int, **settings) -> None:
