@@ -4,29 +4,33 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
-import pytest
 import torch
 
 from tests.conftest import PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
 
 # Two rounds of an epoch, by each bundle's own words for it.
 ROUNDS = {
-    PRETRAINING: {"max_iterations": 4, "warmup_iterations": 1},
+    PRETRAINING: {"max_iterations": 2, "warmup_iterations": 1, "batch_size": 2, "overlap": 0},
     SEGMENTATION[0]: {"pixdim_mm": [5, 5, 5], "overlap": 0, "schedule_epochs": 2},
 }
 
 
-@pytest.mark.parametrize("bundle", ROUNDS, ids=lambda bundle: bundle.name)
-def test_two_sites_with_equal_data_train_as_one(bundle, tmp_path, small_list, labelled_lists, foreign_python):
-    source = small_list if bundle == PRETRAINING else labelled_lists["ct"]
+def test_two_sites_with_equal_data_train_as_one(tmp_path, small_list, foreign_python):
+    """Segmentation in tests/integration."""
+    check_two_sites(PRETRAINING, small_list, tmp_path, foreign_python)
+
+
+def check_two_sites(bundle: Path, source: Path, tmp_path: Path, foreign_python: Path) -> None:
+    """Train two sites on the same data list, and compare with a central training on it."""
     cases = json.loads(source.read_text())
     for case in (case for side in cases.values() for case in side):
         case |= {key: str(source.parent / case[key]) for key in ("image", "label") if key in case}
     lists = [str(tmp_path / f"{name}.json") for name in ("site_a", "site_b")]
     for file in lists:
         (tmp_path / file).write_text(json.dumps(cases))
-    settings = {**SMALL, "val_pictures": 0, "val_interval": 1, "batch_size": 1, **ROUNDS[bundle]}
+    settings = {**SMALL, "val_pictures": 0, "val_interval": 1, **ROUNDS[bundle]}
     downloaded = tmp_path / "downloaded"
     shutil.copytree(bundle, downloaded)
     (tmp_path / "custom.py").write_text("raise SystemExit('not this one')")
@@ -41,8 +45,7 @@ def test_two_sites_with_equal_data_train_as_one(bundle, tmp_path, small_list, la
     central = {"max_epochs": 2} if bundle != PRETRAINING else {}
     done = monai_bundle("train", bundle=bundle, datalist=lists[0], **settings, **central, **folders(whole))
     assert done.returncode == 0, done.stderr
-    state = whole / f"checkpoint_iteration={4 if bundle == PRETRAINING else 2}.pt"
-    expected = torch.load(state, weights_only=True)["model"]
+    expected = torch.load(whole / "checkpoint_iteration=2.pt", weights_only=True)["model"]
     found = torch.load(tmp_path / "model.pt", weights_only=True)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
