@@ -111,7 +111,7 @@ class TrainingSummary:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        print(f"\nWeights: {self.ckpt_dir}/model.pt\nMetrics, pictures, TensorBoard: {self.output_dir}")
+        print(f"\nWeights: {self.ckpt_dir}/model.pt\nTo look at: {self.output_dir}/report.html")
         print(self.dataset.left_out(), end="")
         configs = [f"{self.output_dir}/configs/{name}.json" for name in ("train", "evaluate")]
         root = f"--bundle_root {self.output_dir}"

@@ -174,7 +174,9 @@ class RunBundle:
         base = parsed(bundle / "configs" / "train.json")
         names = PLACE | several.keys()
         changed = {
-            id: value for id, value in overrides(config, base.config).items() if not {id, id.partition("#")[0]} & names
+            id: value
+            for id, value in overrides(config, base.config).items()
+            if not id.startswith("+") and not {id, id.partition("#")[0]} & names
         }
         apply(changed, self.folder, place)
 

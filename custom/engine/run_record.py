@@ -118,7 +118,8 @@ def without_tracking(config: Any) -> Any:
 def overrides(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Return the ids whose values differ from those of a base, such as "train#trainer#max_epochs".
 
-    A dictionary is compared id by id, unless it lacks some that the base has.
+    A dictionary is compared id by id, unless it lacks some that the base has. Handlers that are added to the base's, as
+    by a tracker, are an id as MONAI merges it: "+train#handlers".
     """
     found: dict[str, Any] = {}
     for name, value in config.items():
@@ -126,7 +127,10 @@ def overrides(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         if name == "_meta_" or (name in base and value == known):
             continue
         if isinstance(value, dict) and isinstance(known, dict) and value.keys() >= known.keys():
-            found |= {f"{name}#{child}": new for child, new in overrides(value, known).items()}
+            for child, new in overrides(value, known).items():
+                found["+" * child.startswith("+") + f"{name}#{child.lstrip('+')}"] = new
+        elif name == "handlers" and isinstance(value, list) and value[: len(known or ())] == known:
+            found[f"+{name}"] = value[len(known) :]
         else:
             found[name] = value
     return found
