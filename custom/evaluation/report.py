@@ -42,17 +42,18 @@ class Report:
 
     def __init__(self, output_dir: str) -> None:
         self.folder = Path(output_dir)
-        self.began = 0.0
+        self.began = 0.0  # seconds
         self.done = 0  # epochs that earlier starts of the run have trained
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.start)
         if isinstance(engine, Trainer):
             engine.add_event_handler(Events.EPOCH_COMPLETED, self)
         engine.add_event_handler(Events.COMPLETED, self)
 
     def start(self, engine: Engine) -> None:
-        self.began, self.done = time.time(), engine.state.epoch
+        if not self.began:  # and what an earlier start has done is loaded
+            self.began, self.done = time.time(), engine.state.epoch - 1
 
     def __call__(self, engine: Engine) -> None:
         if idist.get_rank() > 0:
@@ -91,13 +92,11 @@ def page(folder: Path, status: str, record: Mapping[str, Any]) -> str:
     parts = [curve(name, series) for name, series in curves(metrics_of(folder)).items()]
     parts.append(f"<h2>Pictures</h2>{''.join(map(picture, by_rank(pictures, ranked)[:PICTURES]))}" if pictures else "")
     parts += [f"<h2>{escaped(name)}: each case, the worst first</h2>{table(rows)}" for name, rows in tables.items()]
-    changed, rest = (
-        record.get("overrides") or {},
-        {k: v for k, v in record.items() if k not in ("overrides", "defaults")},
-    )
     if record:
-        parts.append(f"<h2>Settings that differ from the default</h2>{table([('id', 'value'), *changed.items()])}")
-        parts.append(f"<h2>Provenance</h2>{table([('of the training', ''), *rest.items()])}")
+        changed = [("id", "value"), *(record.get("overrides") or {}).items()]
+        rest = [("of the training", ""), *((k, v) for k, v in record.items() if k not in ("overrides", "defaults"))]
+        parts.append(f"<h2>Settings that differ from the default</h2>{table(changed)}")
+        parts.append(f"<h2>Provenance</h2>{table(rest)}")
     title = escaped(f"{record.get('bundle') or 'Run'}: {folder.resolve().name}")
     head = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
     written = time.strftime("%Y-%m-%d %H:%M")
