@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -36,20 +37,21 @@ def user_message(error: BaseException) -> str | None:
 
 
 def report_errors(folder: str | Path) -> None:
-    """Let an uncaught error of this process be told, see `tell`; one that is no user's with its traceback."""
+    """Let an uncaught error of this process be told, see `tell`."""
 
     def hook(kind, error, trace):
-        if not (isinstance(error, Exception) and tell(error, folder)):
+        if isinstance(error, Exception):
+            tell(error, folder, lambda: sys.__excepthook__(kind, error, trace))
+        else:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook
 
 
-def tell(error: BaseException, folder: str | Path) -> bool:
-    """Keep an error's traceback in a folder, in `error.txt`, and print the user's sentence.
+def tell(error: Exception, folder: str | Path, show_traceback: Callable[[], None]) -> None:
+    """Print the user's sentence, where an error has one, in place of its traceback.
 
-    Returns:
-        Whether there is such a sentence; if not, the error is called a fault of the program.
+    Any other error is shown with its traceback. Every traceback is also kept in the folder, in `error.txt`.
     """
     rank = int(os.environ.get("RANK", "0"))
     file = Path(folder, f"error_rank={rank}.txt" if rank else "error.txt")
@@ -60,7 +62,7 @@ def tell(error: BaseException, folder: str | Path) -> bool:
         kept = f" (The traceback is kept in {file}.)"
     message = user_message(error)
     if message is None:
+        show_traceback()
         print(f"This is a fault of the program, not of yours.{kept}", file=sys.stderr)
     else:
         print(f"\nerror: {message}{kept}", file=sys.stderr)
-    return message is not None

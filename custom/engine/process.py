@@ -55,9 +55,8 @@ def take_back() -> None:
 def _change_notebook(shell: Any, output_dir: str) -> None:
     """Let an error of this cell be told as on a command line, and take all back at the cell's end."""
 
-    def show(shell: Any, kind: type, error: BaseException, trace: TracebackType, tb_offset: int | None = None) -> None:
-        if not tell(error, output_dir):
-            shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+    def show(shell: Any, kind: type, error: Exception, trace: TracebackType, tb_offset: int | None = None) -> None:
+        tell(error, output_dir, lambda: shell.showtraceback((kind, error, trace), tb_offset=tb_offset))
 
     def after_cell(result: Any) -> None:
         take_back()
