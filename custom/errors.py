@@ -1,11 +1,11 @@
 """Errors that a user can mend: one sentence that names the file or the id, and what to do."""
 
 import contextlib
-import logging
 import os
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -37,29 +37,32 @@ def user_message(error: BaseException) -> str | None:
 
 
 def report_errors(folder: str | Path) -> None:
-    """Let an uncaught error of this process print the user's sentence, where it has one, in place of its traceback.
+    """Let an uncaught error of this process be told, see `tell`."""
 
-    Any other error is printed with its traceback. Every traceback is also kept in the folder, in `error.txt`.
+    def hook(kind, error, trace):
+        if isinstance(error, Exception):
+            tell(error, folder, lambda: sys.__excepthook__(kind, error, trace))
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def tell(error: Exception, folder: str | Path, show_traceback: Callable[[], None]) -> None:
+    """Print the user's sentence, where an error has one, in place of its traceback.
+
+    Any other error is shown with its traceback. Every traceback is also kept in the folder, in `error.txt`.
     """
     rank = int(os.environ.get("RANK", "0"))
     file = Path(folder, f"error_rank={rank}.txt" if rank else "error.txt")
-
-    def hook(kind, error, trace):
-        if not isinstance(error, Exception):
-            return sys.__excepthook__(kind, error, trace)
-        kept = ""
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(traceback.format_exception(kind, error, trace)))
-            kept = f" (The traceback is kept in {file}.)"
-        message = user_message(error)
-        if message is None:
-            sys.__excepthook__(kind, error, trace)
-            print(f"This is a fault of the program, not of yours.{kept}", file=sys.stderr)
-        else:
-            print(f"\nerror: {message}{kept}", file=sys.stderr)
-
-    sys.excepthook = hook
-    for handler in logging.getLogger().handlers:
-        # Ignite logs a worker's whole traceback before it passes the error on.
-        handler.addFilter(lambda record: "BadInput: " not in record.getMessage())
+    kept = ""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(traceback.format_exception(error)))
+        kept = f" (The traceback is kept in {file}.)"
+    message = user_message(error)
+    if message is None:
+        show_traceback()
+        print(f"This is a fault of the program, not of yours.{kept}", file=sys.stderr)
+    else:
+        print(f"\nerror: {message}{kept}", file=sys.stderr)

@@ -18,7 +18,7 @@ PAGES = [
 ]
 TABLE = ROOT / "docs/reference/ids.md"
 # What MONAI's command line takes beside ids, and an id of MONAI's own.
-NOT_IDS = {"config_file", "logging_file", "meta_file", "args_file"}
+NOT_IDS = {"config_file", "logging_file", "meta_file", "args_file", "tracking"}
 # Ids that users may set although they are no plain values, and plain values that are none of theirs.
 SETTINGS = {
     *("modalities", "intensity", "labels", "disruptions", "patch_size", "pixdim_mm"),

@@ -2,17 +2,20 @@
 
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
-from custom.errors import BadInput, report_errors
-from custom.speed.malloc import keep_freed_memory
+import custom
+from custom.engine.process import change_process
+from custom.engine.run_record import TRACKER
+from custom.errors import BadInput
 from custom.text import did_you_mean
 
 PATHS = {
@@ -71,7 +74,7 @@ VALUES: list[tuple[set[str], Callable[[Any], bool], str]] = [
 def check_config(patch_size: Sequence[int], output_dir: str) -> None:
     """Check the config that is being run; the first expression of each `run`.
 
-    From here on errors of a user are told in one sentence. On a CPU, memory is kept and algorithms are deterministic.
+    From here on errors of a user are told in one sentence, and more is changed in this process, see `change_process`.
 
     Args:
         patch_size: in voxels, what the network will see.
@@ -79,20 +82,51 @@ def check_config(patch_size: Sequence[int], output_dir: str) -> None:
 
     Raises:
         BadInput: for an id that nothing uses, a value that an id can't have, an argument that a component does not
-            have, or a patch that the network can't take.
+            have, a patch that the network can't take, or another `custom` than the bundle's, see `check_custom`.
     """
-    report_errors(str(output_dir))
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-        # Else threads add the gradient of the relative positions in the order in which they come.
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # made at import
     workflow = running_workflow()
+    # Its first `initialize` expression and MONAI have put them there.
+    bundle = [] if workflow is None else [workflow.parser.get("bundle_root"), str(workflow.config_root_path.parent)]
+    change_process(str(output_dir), bundle)
+    check_custom()
     if workflow is not None:
+        use_own_tracker(workflow.parser.config)
         check_paths(workflow.parser.config)
         check_values(workflow.parser.config)
         check_ids(workflow.parser.config, declared_ids(workflow.config_root_path))
     check_patch_size(patch_size)
+
+
+def check_custom() -> None:
+    """Check that the `custom` of this process is the bundle's: the first one that is imported stays.
+
+    Raises:
+        BadInput: for a bundle with other modules, such as a package of another version.
+    """
+    workflow, here = running_workflow(), Path(custom.__file__).resolve().parent
+    own = None if workflow is None else workflow.config_root_path.resolve().parent / "custom"
+    if own is not None and own.is_dir() and own.resolve() != here and _modules(own) != _modules(here):
+        raise BadInput(
+            f"This process has loaded the modules in {here}, and the bundle has others in {own}; give --bundle_root "
+            f"{own.parent}, and run bundles of different versions in processes of their own."
+        )
+
+
+def _modules(folder: Path) -> dict[Path, bytes]:
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.py")}
+
+
+def use_own_tracker(config: dict[str, Any]) -> None:
+    """Let this project's handler take the place of those that MONAI's `--tracking mlflow` has added to a config.
+
+    Raises:
+        BadInput: where MLflow is not installed.
+    """
+    for _, value in walk(config):
+        if isinstance(value, dict) and value.get("_target_") == "MLFlowHandler":
+            if not find_spec("mlflow"):
+                raise BadInput("--tracking mlflow needs MLflow: pip install mlflow.")
+            value["_target_"] = TRACKER  # in place, since the config is parsed already
 
 
 def check_paths(config: dict[str, Any]) -> None:
@@ -129,8 +163,20 @@ def running_workflow() -> ConfigWorkflow | None:
 
     MONAI hands a component nothing of the config around it, so the workflow is found among the callers.
     """
-    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
-    return next((caller for caller in callers if isinstance(caller, ConfigWorkflow)), None)
+    client = federated_client()
+    if client is not None and client.train_workflow is not None:
+        return client.train_workflow
+    return next((caller for caller in _callers() if isinstance(caller, ConfigWorkflow)), None)
+
+
+def federated_client() -> Any:
+    """Return the client of federated learning that trains or evaluates, a MONAI `ClientAlgo`; None if none does."""
+    module = sys.modules.get("monai.fl.client")
+    return None if module is None else next((c for c in _callers() if isinstance(c, module.MonaiAlgo)), None)
+
+
+def _callers() -> Iterator[Any]:
+    return (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
 
 
 def declared_ids(folder: Path) -> set[str]:

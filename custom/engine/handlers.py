@@ -123,7 +123,7 @@ class TrainingSummary:
         engine.add_event_handler(Events.COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        print(f"\nWeights: {self.ckpt_dir}/model.pt\nMetrics, pictures, TensorBoard: {self.output_dir}")
+        print(f"\nWeights: {self.ckpt_dir}/model.pt\nTo look at: {self.output_dir}/report.html")
         print(self.dataset.left_out(), end="")
         details = getattr(self.evaluator and self.evaluator.state, "metric_details", None) or {}
         if "val_mean_dice" in details:

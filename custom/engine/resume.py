@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from custom.data.dataset import EpochSampler, derive_seed
 from custom.engine.checkpoint import AtomicSaver, CheckedCheckpointLoader, is_whole
+from custom.engine.config_check import federated_client
 from custom.errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class RunState:
 
     Attach it after all handlers whose work should be in the state, such as validation.
 
+    A trainer that goes on by itself, as in each round of federated learning, loads nothing.
+
     Args:
         run_dir: folder of the run; a run is resumed if it holds a `checkpoint_iteration=N.pt`.
         objects: what has a state beside the trainer: model, optimizer, ...
@@ -43,7 +46,8 @@ class RunState:
         summary_writer: TensorBoard's, which is told to forget what was logged after the checkpoint.
 
     Raises:
-        BadInput: when no checkpoint can be read, or it is of another network or data list.
+        BadInput: when no checkpoint can be read, or it is of another network or data list; at a site of a federation
+            when there is one, and when a round goes beyond the schedule of the learning rate.
         SystemExit: with a sentence, when the process was told to stop.
     """
 
@@ -87,8 +91,9 @@ class RunState:
             global_step_transform=lambda engine, _: engine.state.iteration,
             n_saved=None,
         )
-        if self.resume:
+        if self.resume and not engine.state.iteration:  # else it goes on by itself, as in a round of federated learning
             self.load(engine)
+        self.check_schedule(engine)
         if self.summary_writer is not None:
             again = Event(session_log=SessionLog(status=SessionLog.START))
             writer: Any = self.summary_writer.file_writer  # torch declares that it is None
@@ -103,6 +108,11 @@ class RunState:
         files = sorted(self.run_dir.glob("checkpoint_iteration=*.pt"), key=lambda file: int(file.stem.split("=")[1]))
         if not files:
             return
+        if federated_client() is not None:
+            raise BadInput(
+                f"{self.run_dir} holds a training already, and a site of a federation starts with the server's "
+                f"weights; give it another output_dir, or resume False to replace what is there."
+            )
         while not is_whole(files[-1]):
             damaged = files.pop()
             if not files:
@@ -122,6 +132,17 @@ class RunState:
         logger.info(f"Resuming from {self.last}: {state.epoch} of {state.max_epochs} epochs are done.")
         if state.epoch >= state.max_epochs:
             logger.info("Nothing is left to train: raise --max_epochs, or start anew in another --output_dir.")
+
+    def check_schedule(self, engine: Engine) -> None:
+        """Refuse a training that goes beyond the schedule of its learning rate, as rounds of federated learning may."""
+        end = engine.state.max_epochs * engine.state.epoch_length
+        scheduled = getattr(self.objects.get("lr_scheduler"), "t_total", end)
+        if end > scheduled:
+            raise BadInput(
+                f"The training ends after {end} iterations and the schedule of its learning rate after "
+                f"{scheduled}; give the epochs of all rounds as schedule_epochs, or in pre-training the "
+                f"iterations of all as max_iterations."
+            )
 
     def skip_what_was_done(self, engine: Engine) -> None:
         """Let an interrupted epoch go on where it was, its metrics too, which have just been reset."""

@@ -9,13 +9,13 @@ from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.reference_resolver import ReferenceResolver
 
 import custom
 from custom.engine.checkpoint import weights_file
-from custom.engine.config_check import running_workflow, walk
-from custom.engine.run_record import RECORD, digest, leaves, overrides, record_of
+from custom.engine.config_check import check_ids, declared_ids, federated_client, running_workflow, walk
+from custom.engine.run_record import RECORD, digest, leaves, overrides, record_of, without_tracking
 from custom.errors import BadInput
 from custom.files import read_json, write_json
 
@@ -55,7 +55,7 @@ def settings_of(config: dict[str, Any], several: dict[str, Any]) -> dict[str, An
         parts = id.split("#")
         return any("#".join(parts[:count]) in names for count in range(1, len(parts) + 1))
 
-    written = json.loads(json.dumps(config, default=str))
+    written = json.loads(json.dumps(without_tracking(config), default=str))
     return {id: value for id, value in leaves(written) if not is_place(id)}
 
 
@@ -147,13 +147,26 @@ class RunBundle:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
+        if engine.state.iteration:  # a further round of federated learning
+            return
         workflow, file = running_workflow(), self.folder / RECORD
+        if workflow is not None and federated_client() is not None:
+            self.check_site(workflow)
         record = record_of(workflow, self.sources["datalist"], self.seed, self.sources.get("pretrained"))
         goes_on = self.resume and file.is_file() and any(self.folder.glob("checkpoint_iteration=*.pt"))
         starts = read_json(file, list) if goes_on else []
         if workflow is not None:
-            self.write(workflow.config_root_path.resolve().parent, workflow.parser.config)
+            self.write(workflow.config_root_path.resolve().parent, without_tracking(workflow.parser.config))
         write_json(file, [*starts, record])
+
+    def check_site(self, workflow: ConfigWorkflow) -> None:
+        """Check what a federation's client has not, which runs none of the config's own steps."""
+        check_ids(without_tracking(workflow.parser.config), declared_ids(workflow.config_root_path))
+        if "pretrained" in self.sources:
+            raise BadInput(
+                "A site of a federation takes its weights from the server, so that `pretrained` would have no effect; "
+                "let the server start with the transferred weights."
+            )
 
     def write(self, bundle: Path, config: dict[str, Any]) -> None:
         """Write configs, documentation, licence and modules of a bundle, with the settings of a config."""
@@ -166,7 +179,9 @@ class RunBundle:
         base = parsed(bundle / "configs" / "train.json")
         names = PLACE | several.keys()
         changed = {
-            id: value for id, value in overrides(config, base.config).items() if not {id, id.partition("#")[0]} & names
+            id: value
+            for id, value in overrides(config, base.config).items()
+            if not id.startswith("+") and not {id, id.partition("#")[0]} & names
         }
         apply(changed, self.folder, place)
 

@@ -27,6 +27,10 @@ TRAINED = (
     *("pixdim_mm", "intensity", "modalities"),
 )
 
+# What MONAI's `--tracking mlflow` adds to a config: ids, and a handler of this class, see `config_check`.
+TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0")
+TRACKER = "custom.engine.tracking.MLflow"
+
 
 def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, pretrained: str | None) -> dict:
     """Return what a training starts with, for JSON.
@@ -42,7 +46,7 @@ def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, 
         base = ConfigParser()
         base.read_config(str(folder / "train.json"))
         base.resolve_macro_and_relative_ids()
-        changed = overrides(workflow.parser.config, base.config)
+        changed = overrides(without_tracking(workflow.parser.config), base.config)
         settings = {id: workflow.parser.config[id] for id in TRAINED if id in workflow.parser.config}
         earlier = folder.parent / RECORD  # of the training whose own configs these are
         own = {id: value for id, value in base.config.items() if not isinstance(value, dict | list)}
@@ -102,10 +106,20 @@ def leaves(value: Any, id: str = "") -> Iterator[tuple[str, Any]]:
         yield id, value
 
 
+def without_tracking(config: Any) -> Any:
+    """Return a config without what `--tracking mlflow` adds, which is no setting of a training."""
+    if isinstance(config, dict):
+        return {id: without_tracking(value) for id, value in config.items() if id not in TRACKING}
+    if isinstance(config, list):
+        return [part for part in config if not (isinstance(part, dict) and part.get("_target_") == TRACKER)]
+    return config
+
+
 def overrides(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """Return the ids whose values differ from those of a base, such as "train#trainer#max_epochs".
 
-    A dictionary is compared id by id, unless it lacks some that the base has.
+    A dictionary is compared id by id, unless it lacks some that the base has. Handlers that are added to the base's, as
+    by a tracker, are an id as MONAI merges it: "+train#handlers".
     """
     found: dict[str, Any] = {}
     for name, value in config.items():
@@ -113,7 +127,10 @@ def overrides(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         if name == "_meta_" or (name in base and value == known):
             continue
         if isinstance(value, dict) and isinstance(known, dict) and value.keys() >= known.keys():
-            found |= {f"{name}#{child}": new for child, new in overrides(value, known).items()}
+            for child, new in overrides(value, known).items():
+                found["+" * child.startswith("+") + f"{name}#{child.lstrip('+')}"] = new
+        elif name == "handlers" and isinstance(value, list) and value[: len(known or ())] == known:
+            found[f"+{name}"] = value[len(known) :]
         else:
             found[name] = value
     return found

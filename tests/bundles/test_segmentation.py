@@ -1,6 +1,9 @@
 """The segmentation bundles, run as their documentation says, each on the phantoms of its kind."""
 
 import json
+import logging
+import re
+import sys
 
 import nibabel
 import numpy as np
@@ -103,6 +106,21 @@ def test_evaluation_reports_each_class_of_each_case_in_the_scan_s_own_geometry(
     for number in range(1, len(classes) + 1):
         mine, true = predicted == number, truth == number
         assert dice[number - 1] == pytest.approx(2 * (mine & true).sum() / (mine.sum() + true.sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("bundle", [FETA], ids=lambda bundle: bundle.name)
+def test_the_python_lines_of_the_readme_give_the_label_map_of_inference(bundle, trained, phantoms, tmp_path):
+    folder, scan = trained(bundle), phantoms / KIND[bundle] / "images" / f"{KIND[bundle]}_001.nii.gz"
+    code = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("runs/segmentation", str(folder)).replace("scan.nii.gz", str(scan))
+    names: dict = {}
+    path, handlers = list(sys.path), logging.getLogger().handlers[:]
+    exec(code, names)
+    sys.path[:], logging.getLogger().handlers[:] = path, handlers
+    done = monai_bundle("inference", bundle=folder, dataset_dir=scan, output_dir=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = np.asarray(nibabel.load(tmp_path / scan.name.replace(".nii", "_seg.nii")).dataobj)
+    assert np.array_equal(names["label_map"][0].numpy(), expected) and expected.any()
 
 
 def rows_of(path) -> list[list[str]]:

@@ -1,72 +1,25 @@
-"""The page of a curated set in a real browser: Chromium, headless, driven by the WebDriver protocol."""
+"""The page of a curated set in a real browser."""
 
-import json
-import shutil
-import subprocess
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.integration.browser import needs_browser, opened
 from tests.tools.curate.series import body
 from tools.curate.page import write_page
 from tools.curate.run import Row
 from tools.curate.state import State
 from tools.curate.work import picture
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="chromium and chromium-driver are not installed")
-FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-FLAGS += "--disable-component-update --disable-sync --window-size=1300,900"
-PORT = 17321
-
-
-class Browser:
-    """The few commands of WebDriver (W3C, 2018) that a test needs."""
-
-    def __init__(self, folder: Path) -> None:
-        self._driver = subprocess.Popen(
-            [DRIVER, f"--port={PORT}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        options = {"binary": CHROMIUM, "args": [*FLAGS.split(), f"--user-data-dir={folder}"]}
-        wish = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-        for _ in range(100):
-            try:
-                self._session = f"/session/{self._ask('/session', wish)['sessionId']}"
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError("chromedriver does not answer")
-
-    def _ask(self, path: str, content: dict) -> dict:
-        request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", json.dumps(content).encode())
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, file: Path) -> None:
-        self._ask(f"{self._session}/url", {"url": file.as_uri()})
-
-    def run(self, script: str):
-        return self._ask(f"{self._session}/execute/sync", {"script": script, "args": []})
-
-    def click(self, css: str) -> None:
-        (element,) = self._ask(f"{self._session}/element", {"using": "css selector", "value": css}).values()
-        self._ask(f"{self._session}/element/{element}/click", {})
-
-    def close(self) -> None:
-        request = urllib.request.Request(f"http://127.0.0.1:{PORT}{self._session}", method="DELETE")
-        urllib.request.urlopen(request, timeout=60).close()  # ends Chromium, which the driver's end does not
-        self._driver.terminate()
-        self._driver.wait()
+pytestmark = needs_browser
 
 
 @pytest.fixture
 def browser(tmp_path):
-    opened = Browser(tmp_path / "profile")
-    yield opened
-    opened.close()
+    with opened(tmp_path / "profile") as browser:
+        yield browser
 
 
 def page_of(out: Path, count: int) -> Path:

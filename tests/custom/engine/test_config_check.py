@@ -1,8 +1,13 @@
+import shutil
+import sys
+
 import pytest
 import torch
+from monai.bundle import create_workflow
 
 from custom.engine.config_check import arguments_of, check_ids, check_patch_size, check_paths, check_values, unused_ids
-from custom.errors import BadInput
+from custom.errors import BadInput, user_message
+from tests.conftest import BUNDLES
 
 CONFIG = {
     "side": 3,
@@ -116,3 +121,21 @@ def test_values_that_make_no_sense(name, right, wrong):
     for value in wrong:
         with pytest.raises(BadInput, match=f"`{name}` is .*, and should be "):
             check_values({name: value})
+
+
+def test_a_bundle_with_other_modules_than_those_of_the_process_is_refused(tmp_path):
+    """The same ones in another folder are as good."""
+    package = tmp_path / "package"
+    shutil.copytree(BUNDLES[0], package, ignore=shutil.ignore_patterns("*.pyc"))
+    files = {"config_file": str(package / "configs/train.json"), "logging_file": False, "bundle_root": str(package)}
+    before, modules = list(sys.path), set(sys.modules)
+    create_workflow(**files).finalize()
+    (package / "custom/masking.py").write_text("# of another version\n")
+    with pytest.raises(RuntimeError) as caught:
+        create_workflow(**files)
+    assert user_message(caught.value).endswith(
+        f"and the bundle has others in {package}/custom; give --bundle_root {package}, and run bundles of different "
+        f"versions in processes of their own."
+    )
+    assert not {name for name in set(sys.modules) - modules if name.startswith("custom")}
+    sys.path[:] = before

@@ -69,7 +69,7 @@ def test_summaries_name_the_folders_what_was_left_out_and_the_next_step(capsys):
     told = capsys.readouterr().out
     for part in (
         "Weights: runs/a/models/model.pt",
-        "TensorBoard: runs/a\n",
+        "To look at: runs/a/report.html\n",
         "Left out: 1 of 3 cases",
         "--bundle_root runs/a --dataset_dir",
     ):

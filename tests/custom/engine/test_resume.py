@@ -3,6 +3,8 @@ import inspect
 import logging
 import os
 import signal
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.metrics import Average
 from monai.engines import SupervisedTrainer
+from monai.optimizers import WarmupCosineSchedule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -145,6 +148,37 @@ def test_a_run_with_another_number_of_iterations_is_not_gone_on_with(tmp_path):
     train(tmp_path, epochs=2)
     with pytest.raises(BadInput, match="a run with 3 iterations an epoch, and now there are 4; give the data list"):
         train(tmp_path, epochs=4, batches=4)
+
+
+class Client:
+    """As a client of federated learning: a round with the server's weights, on a trainer that goes on."""
+
+    train_workflow = None
+
+    def __init__(self, folder, epochs: int) -> None:
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        schedule = WarmupCosineSchedule(optimizer, warmup_steps=0, t_total=3 * epochs)
+        self.trainer = Engine(lambda engine, batch: self.model.weight.data.add_(1.0))
+        RunState(folder, {"model": self.model, "lr_scheduler": schedule}).attach(self.trainer)
+
+    def round(self, weight: float) -> float:
+        self.model.weight.data.fill_(weight)
+        self.trainer.state.max_epochs = self.trainer.state.epoch + 1
+        self.trainer.run([0] * 3)
+        return self.model.weight.item()
+
+
+def test_rounds_of_federated_learning_keep_the_server_s_weights_and_the_schedule(tmp_path, monkeypatch):
+    client = Client(tmp_path, epochs=2)
+    assert [client.round(weight) for weight in (10, 20)] == [13, 23]
+    assert client.trainer.state.epoch == 2
+    with pytest.raises(BadInput, match="ends after 9 iterations and the schedule of its learning rate after 6; give"):
+        client.round(30)
+    # A site that is started again would begin its schedule anew.
+    monkeypatch.setitem(sys.modules, "monai.fl.client", SimpleNamespace(MonaiAlgo=Client))
+    with pytest.raises(BadInput, match="holds a training already, and a site of a federation starts with"):
+        Client(tmp_path, epochs=2).round(10)
 
 
 def test_signals_are_those_of_before_when_the_run_is_over(tmp_path):

@@ -3,10 +3,18 @@ import subprocess
 
 import pytest
 
-from custom.engine.run_record import commit, holds_path, overrides, portable
+from custom.engine.run_record import TRACKER, commit, holds_path, overrides, portable, without_tracking
 from tests.conftest import ROOT
 
-BASE = {"width": 3, "network": {"_target_": "torch.nn.Linear", "in_features": "@width"}, "sizes": [1, 2], "seed": 0}
+HANDLERS = [{"_target_": "custom.engine.resume.RunState"}]
+BASE = {
+    "train": {"handlers": HANDLERS},
+    "handlers": HANDLERS,
+    "width": 3,
+    "network": {"_target_": "torch.nn.Linear", "in_features": "@width"},
+    "sizes": [1, 2],
+    "seed": 0,
+}
 
 
 @pytest.mark.parametrize(
@@ -16,11 +24,20 @@ BASE = {"width": 3, "network": {"_target_": "torch.nn.Linear", "in_features": "@
         ({"width": 4, "sizes": [2]}, {"width": 4, "sizes": [2]}),
         ({"network": BASE["network"] | {"in_features": 5, "a": 1}}, {"network#in_features": 5, "network#a": 1}),
         ({"network": {"_target_": "torch.nn.Identity"}}, {"network": {"_target_": "torch.nn.Identity"}}),
+        ({"handlers": [*HANDLERS, "$a"], "sizes": [1, 2, 3]}, {"+handlers": ["$a"], "sizes": [1, 2, 3]}),
+        ({"train": {"handlers": [*HANDLERS, "$a"]}}, {"+train#handlers": ["$a"]}),
+        ({"train": {"handlers": ["$a", *HANDLERS]}}, {"train#handlers": ["$a", *HANDLERS]}),
         ({"_meta_": {"version": "1"}, "new": None}, {"new": None}),
     ],
 )
 def test_overrides_are_what_differs(change, expected):
     assert overrides({**BASE, **change}, BASE) == expected
+
+
+def test_tracking_is_no_setting():
+    tracker = {"_target_": TRACKER, "run_name": "@run_name"}
+    tracked = {**BASE, "handlers": [*HANDLERS, tracker], "train": {"handlers": [*HANDLERS, tracker]}, "run_name": "a"}
+    assert without_tracking(tracked) == BASE
 
 
 def test_what_weights_carry_names_no_folder_of_the_machine():
