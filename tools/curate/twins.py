@@ -168,11 +168,13 @@ def near_twins(
     ends = _matches(descriptors, owner, rules.twin_cosine)
     if others is not None:
         ends = ends[(owner[ends[:, 0]] < len(prints)) & (owner[ends[:, 1]] >= len(prints))]
-    if not len(ends):
-        return []
-    pairs, starts = np.unique(owner[ends], axis=0, return_index=True)
+    # Most pairs have a match or two: they are left out before any is looked at by itself.
+    _, starts, counts = np.unique(owner[ends] @ (len(both), 1), return_index=True, return_counts=True)
+    many = counts >= min(FEWEST, rules.twin_votes)
     found = []
-    for (one, two), own in zip(pairs.tolist(), np.split(ends, starts[1:]), strict=True):
+    for start, count in zip(starts[many].tolist(), counts[many].tolist(), strict=True):
+        own = ends[start : start + count]
+        one, two = owner[own[0]].tolist()
         fewest = min(len(both[one].descriptors), len(both[two].descriptors))
         needed = max(rules.twin_votes, rules.twin_share * fewest) if fewest >= FEW else max(FEWEST, fewest / 2)
         if len(own) >= needed and (votes := _alike(places[own[:, 0]], places[own[:, 1]], own)) >= needed:
@@ -188,8 +190,9 @@ def _matches(descriptors: np.ndarray, owner: np.ndarray, cosine: float) -> np.nd
     descriptors, not its square. A pair of cosine 0.99 has a common code with a probability of 0.99.
     """
     planes = np.random.default_rng(0).standard_normal((TABLES, LENGTH, BITS)).astype(np.float32)
-    found = []
+    found = np.zeros(0, np.int64)  # each pair as one number
     for table in planes:
+        here = [found]
         codes = (descriptors @ table > 0) @ (1 << np.arange(BITS))
         order = np.lexsort((owner, codes))
         for lag in range(1, CROWD):
@@ -202,11 +205,11 @@ def _matches(descriptors: np.ndarray, owner: np.ndarray, cosine: float) -> np.nd
                 apart = owner[first] != owner[second]
                 first, second = first[apart], second[apart]
                 near = np.einsum("ij,ij->i", descriptors[first], descriptors[second]) > cosine
-                found.append(np.stack((first[near], second[near]), axis=1))
-    if not found:
-        return np.zeros((0, 2), int)
-    ends = np.sort(np.concatenate(found), axis=1)  # descriptors lie in the order of their owners
-    ends = np.unique(ends, axis=0)
+                first, second = first[near], second[near]
+                here.append(np.minimum(first, second) * len(descriptors) + np.maximum(first, second))
+        found = np.sort(np.concatenate(here))  # np.unique of NumPy 2.4 takes minutes for such numbers
+        found = found[np.append(np.diff(found) > 0, True)[: len(found)]]
+    ends = np.stack(np.divmod(found, len(descriptors)), axis=1)  # descriptors lie in the order of their owners
     return ends[np.lexsort((owner[ends[:, 1]], owner[ends[:, 0]]))]
 
 
