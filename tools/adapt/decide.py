@@ -14,8 +14,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from custom.engine.checkpoint import read_weights, training_of, weights_file
+from custom.engine.config_check import unused_ids
 from custom.errors import BadInput
 from tools.adapt.measure import Case, sides
+from tools.verify import ENTRY_POINTS
 
 SHOWN = 60  # characters of a value in the plan
 MARGIN_HU = 100  # of the window, on both sides of what is labelled
@@ -112,10 +114,11 @@ class Plan:
 
 
 def recipe(bundle: Path) -> dict[str, Any]:
-    """Return the training config of a bundle with its preset for any task."""
+    """Return the training config of a bundle with its preset for any task, and without what that leaves unused."""
     parser = ConfigParser()
     parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", "field")])
-    return parser.get()
+    config = {id: value for id, value in parser.get().items() if id != "_meta_"}
+    return {id: config[id] for id in config.keys() - (unused_ids(config) - ENTRY_POINTS)}
 
 
 def cost(config: dict[str, Any], ids: dict[str, Any]) -> tuple[float, float]:
