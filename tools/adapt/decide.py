@@ -16,6 +16,7 @@ from monai.bundle import ConfigParser
 from custom.engine.checkpoint import read_weights, training_of, weights_file
 from custom.engine.config_check import unused_ids
 from custom.errors import BadInput
+from custom.speed.malloc import keep_freed_memory
 from tools.adapt.measure import Case, sides
 from tools.verify import ENTRY_POINTS
 
@@ -128,6 +129,8 @@ def cost(config: dict[str, Any], ids: dict[str, Any]) -> tuple[float, float]:
     network, loss, device = (parser.get_parsed_content(name) for name in ("network", "loss", "device"))
     image = torch.rand(1, parser["in_channels"], *parser["patch_size"], device=device)
     precision = {"dtype": parser.get_parsed_content("amp_dtype"), "enabled": parser.get_parsed_content("amp")}
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training does
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
