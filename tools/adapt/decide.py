@@ -14,8 +14,11 @@ import torch
 from monai.bundle import ConfigParser
 
 from custom.engine.checkpoint import read_weights, training_of, weights_file
+from custom.engine.config_check import unused_ids
 from custom.errors import BadInput
+from custom.speed.malloc import keep_freed_memory
 from tools.adapt.measure import Case, sides
+from tools.verify import ENTRY_POINTS
 
 SHOWN = 60  # characters of a value in the plan
 MARGIN_HU = 100  # of the window, on both sides of what is labelled
@@ -112,10 +115,11 @@ class Plan:
 
 
 def recipe(bundle: Path) -> dict[str, Any]:
-    """Return the training config of a bundle with its preset for any task."""
+    """Return the training config of a bundle with its preset for any task, and without what that leaves unused."""
     parser = ConfigParser()
     parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", "field")])
-    return parser.get()
+    config = {id: value for id, value in parser.get().items() if id != "_meta_"}
+    return {id: config[id] for id in config.keys() - (unused_ids(config) - ENTRY_POINTS)}
 
 
 def cost(config: dict[str, Any], ids: dict[str, Any]) -> tuple[float, float]:
@@ -125,6 +129,8 @@ def cost(config: dict[str, Any], ids: dict[str, Any]) -> tuple[float, float]:
     network, loss, device = (parser.get_parsed_content(name) for name in ("network", "loss", "device"))
     image = torch.rand(1, parser["in_channels"], *parser["patch_size"], device=device)
     precision = {"dtype": parser.get_parsed_content("amp_dtype"), "enabled": parser.get_parsed_content("amp")}
+    if device.type == "cpu":
+        keep_freed_memory()  # as a training does
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from custom.engine.run_bundle import apply, copy_bundle
 from custom.files import read_json, write_json, write_text
 from custom.text import markdown_table
 from tools._cli import ROOT
-from tools.adapt.decide import Plan, Task
+from tools.adapt.decide import Plan, Task, recipe
 
 README = """# {name}
 
@@ -43,8 +43,10 @@ def write(task: Task, plan: Plan, out: Path) -> None:
     shutil.rmtree(out / "docs")
     for name in ("datalist.json", "configs/few_labels.json", "configs/field.json", "configs/published.json"):
         (out / name).unlink(missing_ok=True)
-    preset = read_json(task.bundle / "configs/field.json")
-    apply(preset | plan.ids, out, plan.ensemble)
+    train, whole = out / "configs/train.json", read_json(out / "configs/train.json")
+    known = recipe(task.bundle)
+    write_json(train, {id: known[id] for id in [*whole, *known] if id in known})
+    apply(plan.ids, out, plan.ensemble)
     file = out / "configs/metadata.json"
     metadata = read_json(file)
     classes = ", ".join(task.labels[1:])
