@@ -11,6 +11,10 @@ if [ "${1-}" = integration ]; then
         cmp --silent "$list" "$environment/installed.txt" || {
             echo "Making the virtual environment $environment"
             python -m venv --clear "$environment"
+            if grep --quiet "^# On top of .venv" "$list"; then
+                python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+                    > "$(echo "$environment"/lib/python*/site-packages)/venv.pth"
+            fi
             "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r "$list"
             cp "$list" "$environment/installed.txt"
         }
