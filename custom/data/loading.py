@@ -48,6 +48,7 @@ class LoadScand(LoadImaged):
         # Not whatever reader else is installed, which may take another geometry from a header.
         options = {"ensure_channel_first": True, "image_only": True, "allow_missing_keys": True}
         super().__init__(keys, reader="NibabelReader", **options)
+        self._loader.readers = self._loader.readers[-1:]  # MONAI tries all that are installed, this one first
         self.channels = channels
         self._patch_size = patch_size  # private, because the volume does not depend on it: see `custom.data.store`
         self._modality, self._strict = modality, strict  # as little
@@ -97,10 +98,10 @@ class LoadScand(LoadImaged):
         try:
             image = super().__call__({key: file})[key]
         except Exception as error:  # readers raise whatever the damage leads to
-            cause = error.__cause__ or error
+            reason = str(error.__cause__ or error).strip().splitlines()[-1:]  # MONAI's error ends with the reader's
             raise BadInput(
-                f"{file} can't be read ({type(cause).__name__}: {cause}); is it a whole NIfTI file? Copy it again "
-                f"or take it out of the data list (`python -m tools.datalist` finds such files)."
+                f"{file} can't be read ({reason[0] if reason else type(error).__name__}); is it a whole NIfTI "
+                f"file? Copy it again or take it out of the data list (`python -m tools.datalist` finds such files)."
             ) from error
         header = check_header(file)
         if header is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from custom.engine.checkpoint import is_whole
-from tests.bundles.test_bad_input import noise, not_a_number, spoken, write
+from tests.bundles.test_bad_input import noise, spoken, write
 from tests.conftest import PRETRAINING, SEGMENTATION, autoencoder, folders, metrics, monai_bundle
 from tools import prepare
 
@@ -35,7 +35,9 @@ def scans(tmp_path):
             ]
             for section, count in sections.items()
         }
-        not_a_number(tmp_path / f"{bad}_0.nii.gz")
+        voxels = noise(64, 32, 32)
+        voxels[3, 4, 5] = float("nan")
+        write(tmp_path / f"{bad}_0.nii.gz", voxels)
         (tmp_path / "list.json").write_text(json.dumps(entries))
         return {"datalist": tmp_path / "list.json", "bad_cases": "skip", "max_bad_share": 0.4, **folders(tmp_path)}
 

@@ -191,12 +191,13 @@ def training(settings: dict[str, Any], folder: Path, **overrides) -> ConfigWorkf
 
 def draw(settings: dict[str, Any], folder: Path) -> None:
     """Draw the synthetic CT, the middle of a cube each, list it, and put it into a store."""
-    scans = [{"image": str(folder / f"{subject}.nii.gz"), "modality": "ct"} for subject in range(settings["volumes"])]
+    numbers = range(settings["volumes"] + 1)  # the last to validate
+    scans = [{"image": str(folder / f"{subject}.nii.gz"), "modality": "ct"} for subject in numbers]
     for subject, scan in enumerate(scans):
         image, _, affine = phantom.abdomen_ct(subject, max(settings["volume"]))
         middle = tuple(slice((len(image) - side) // 2, (len(image) + side) // 2) for side in settings["volume"])
         nibabel.save(nibabel.Nifti1Image(image[middle], affine), scan["image"])
-    (folder / "list.json").write_text(json.dumps({"training": scans, "validation": scans[:1]}))
+    (folder / "list.json").write_text(json.dumps({"training": scans[:-1], "validation": scans[-1:]}))
     (folder / "store").mkdir()
     parser = training(settings, folder, store=str(folder / "store"), cache_rate=0.0).parser
     stored = parser.get_parsed_content("loading")
