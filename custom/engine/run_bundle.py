@@ -15,7 +15,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 import custom
 from custom.engine.checkpoint import weights_file
 from custom.engine.config_check import check_ids, declared_ids, federated_client, running_workflow, walk
-from custom.engine.run_record import RECORD, digest, leaves, overrides, record_of, without_tracking
+from custom.engine.run_record import RECORD, digest, digest_of_scans, leaves, overrides, record_of, without_tracking
 from custom.errors import BadInput
 from custom.files import read_json, write_json
 
@@ -60,13 +60,18 @@ def settings_of(config: dict[str, Any], several: dict[str, Any]) -> dict[str, An
 
 
 def check_resumption(
-    run_dir: str | Path, datalist: str | Path, pretrained: str | None = None, resume: bool = True
+    run_dir: str | Path,
+    datalist: str | Path,
+    dataset_dir: str | Path,
+    pretrained: str | None = None,
+    resume: bool = True,
 ) -> None:
     """Refuse to go on with a run by what would change its result or its meaning; what is sound is said.
 
     Args:
         run_dir: folder of the run; it is resumed if it holds a `checkpoint_iteration=N.pt`.
         datalist: of this start.
+        dataset_dir: folder that relative paths in it start from.
         pretrained: weights to start from, None for none.
         resume: False starts anew, whatever the folder holds.
 
@@ -96,6 +101,8 @@ def check_resumption(
     cases, weights = start["datalist_sha256"], start["pretrained_sha256"]
     if None not in (cases, digest(datalist)) and cases != digest(datalist):
         _refuse(run, "another content of its data list", f"that of {datalist}")
+    if cases is not None and start["scans_sha256"] != digest_of_scans(datalist, dataset_dir):
+        _refuse(run, "other files for the names in its data list", f"those in {dataset_dir}")
     if weights != (pretrained and digest(pretrained)):
         _refuse(run, "other weights by --pretrained" if weights else "no --pretrained weights", str(pretrained))
     if start["processes"] != idist.get_world_size():
@@ -150,9 +157,10 @@ class RunBundle:
         if engine.state.iteration:  # a further round of federated learning
             return
         workflow, file = running_workflow(), self.folder / RECORD
+        pretrained = self.sources.get("pretrained")
         if workflow is not None and federated_client() is not None:
             self.check_site(workflow)
-        record = record_of(workflow, self.sources["datalist"], self.seed, self.sources.get("pretrained"))
+        record = record_of(workflow, self.sources["datalist"], self.sources["dataset_dir"], self.seed, pretrained)
         goes_on = self.resume and file.is_file() and any(self.folder.glob("checkpoint_iteration=*.pt"))
         starts = read_json(file, list) if goes_on else []
         if workflow is not None:

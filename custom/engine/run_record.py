@@ -32,7 +32,9 @@ TRACKING = ("tracking_uri", "experiment_name", "run_name", "save_execute_config"
 TRACKER = "custom.engine.tracking.MLflow"
 
 
-def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, pretrained: str | None) -> dict:
+def record_of(
+    workflow: ConfigWorkflow | None, datalist: str | Path, dataset_dir: str | Path, seed: int, pretrained: str | None
+) -> dict:
     """Return what a training starts with, for JSON.
 
     Overrides are what differs from `configs/train.json`, also by way of other config files; defaults, what that has
@@ -61,6 +63,7 @@ def record_of(workflow: ConfigWorkflow | None, datalist: str | Path, seed: int, 
         "settings": settings,
         "defaults": defaults,
         "datalist_sha256": digest(datalist) if listed else None,
+        "scans_sha256": digest_of_scans(datalist, dataset_dir) if listed else None,
         "pretrained_sha256": pretrained and digest(pretrained),
         "seed": seed,
         "processes": idist.get_world_size(),
@@ -95,6 +98,17 @@ def bundle_name(folder: Path) -> str:
 def digest(file: str | Path) -> str | None:
     """Return the SHA-256 of a file; None if there is none."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else None
+
+
+def digest_of_scans(datalist: str | Path, dataset_dir: str | Path) -> str | None:
+    """Return the SHA-256 of the names and sizes of all files that a data list names; None if there is no list."""
+    if not Path(datalist).is_file():
+        return None
+    entries = [entry for section in read_json(datalist).values() if isinstance(section, list) for entry in section]
+    named = [value for entry in entries if isinstance(entry, dict) for _, value in leaves(entry)]
+    paths = {name: Path(dataset_dir, name) for name in named if isinstance(name, str) and "\0" not in name}
+    sizes = sorted((name, path.stat().st_size) for name, path in paths.items() if path.is_file())
+    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 
 def leaves(value: Any, id: str = "") -> Iterator[tuple[str, Any]]:

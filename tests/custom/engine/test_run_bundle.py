@@ -20,7 +20,8 @@ BUNDLE = SEGMENTATION[1]
 RUN = [
     {
         "_target_": "custom.engine.run_bundle.check_resumption",
-        **{"run_dir": "@output_dir", "datalist": "@datalist", "pretrained": "@pretrained", "resume": "@resume"},
+        **{name: f"@{name}" for name in ("datalist", "dataset_dir", "pretrained", "resume")},
+        "run_dir": "@output_dir",
     },
     {
         "_target_": "custom.engine.run_bundle.RunBundle",
@@ -96,6 +97,19 @@ def test_what_is_sound_goes_on_and_is_said(run, tmp_path, caplog):
     assert "was started with max_epochs 1, and goes on with 3" in caplog.text
     assert len(run(tmp_path / "run")) == 3  # by its own configs
     assert read_json(tmp_path / "run/configs/train.json")["max_epochs"] == 3
+
+
+def test_other_scans_behind_the_same_list_are_refused(run, tmp_path):
+    for place, size in (("here", 9), ("moved", 9), ("others", 8)):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "a.nii").write_bytes(bytes(size))
+    (tmp_path / "list.json").write_text('{"training": [{"image": "a.nii", "fold": 0}], "validation": null}')
+    run(dataset_dir=str(tmp_path / "here"))
+    run(dataset_dir=str(tmp_path / "moved"))
+    with pytest.raises(RuntimeError) as caught:
+        run(dataset_dir=str(tmp_path / "others"))
+    with pytest.raises(BadInput, match="other files for the names in its data list, and now it would be those in"):
+        raise caught.value.__cause__
 
 
 @pytest.mark.parametrize(
