@@ -107,8 +107,21 @@ def test_the_same_bundle_gives_the_same_bytes(plain, tmp_path):
     assert again.read_bytes() == plain.read_bytes()
 
 
-def test_weights_give_the_same_bytes_too(released, run_dir, tmp_path):
-    assert package.build(run_dir, tmp_path).read_bytes() == released.read_bytes()
+@pytest.fixture(scope="module")
+def large(run_dir, server):
+    """The same package once more, whose weights lie beside it."""
+    folder, url = server
+    out = folder / "large"
+    assert package.main([str(run_dir), "--output", str(out), "--weights_url", f"{url}/large"]) == 0
+    return out / f"{FETA.name}_v0.1.0.zip"
+
+
+def test_weights_give_the_same_bytes_too(released, large, tmp_path):
+    one, other = (verify.files(verify.unpack(file, tmp_path / name)) for name, file in (("a", released), ("b", large)))
+    beside = {f"models/{name}": next(large.parent.glob(f"*_{name}")) for name in ("model.pt", "model.ts")}
+    for name in one.keys() - {"SHA256SUMS"}:
+        assert (beside | other)[name].read_bytes() == one[name].read_bytes()
+    assert other.keys() | beside.keys() == one.keys() | {"large_files.yml"}
 
 
 def test_the_test_in_a_package_is_small(plain, released):
@@ -221,16 +234,12 @@ def test_torchscript_has_the_package_s_patch_size_and_no_need_of_custom(released
         assert torch.equal(script(image), network(image))
 
 
-def test_large_weights_are_fetched_by_monai_and_verified(run_dir, server, tmp_path):
-    folder, url = server
-    out = folder / "large"
-    assert package.main([str(run_dir), "--output", str(out), "--weights_url", f"{url}/large"]) == 0
-    zipped = out / f"{FETA.name}_v0.1.0.zip"
-    assert zipped.stat().st_size < 1e6
-    unpacked = verify.unpack(zipped, tmp_path)
+def test_large_weights_are_fetched_by_monai_and_verified(large, tmp_path):
+    assert large.stat().st_size < 1e6
+    unpacked = verify.unpack(large, tmp_path)
     with pytest.raises(ValueError, match="models/model.pt is yet to be downloaded: .*download_large_files"):
         verify.verify(unpacked)
-    served = next(out.glob("*model.pt"))
+    served = next(large.parent.glob("*model.pt"))
     whole = served.read_bytes()
     served.write_bytes(b"tampered with")
     with pytest.raises((RuntimeError, ValueError), match="sha256"):  # the former in MONAI 1.5
