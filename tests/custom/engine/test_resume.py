@@ -150,6 +150,19 @@ def test_a_run_with_another_number_of_iterations_is_not_gone_on_with(tmp_path):
         train(tmp_path, epochs=4, batches=4)
 
 
+def test_the_schedule_of_more_epochs_is_as_long_as_they_are(tmp_path):
+    """The checkpoint has the length of the schedule of fewer, whose cosine would rise again."""
+    for epochs in (2, 4):
+        model = torch.nn.Linear(1, 1)
+        schedule = WarmupCosineSchedule(torch.optim.SGD(model.parameters(), lr=1.0), epochs, t_total=3 * epochs)
+        run = Engine(lambda engine, batch, schedule=schedule: schedule.step())
+        run.state.max_epochs, run.state.epoch_length = epochs, 3
+        RunState(tmp_path, {"model": model, "lr_scheduler": schedule}).attach(run)
+        run.run([0] * 3, max_epochs=epochs)
+        assert (schedule.t_total, schedule.warmup_steps) == (3 * epochs, epochs)
+        assert run.state.iteration == 3 * epochs and schedule.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
 class Client:
     """As a client of federated learning: a round with the server's weights, on a trainer that goes on."""
 
