@@ -122,10 +122,8 @@ class RunState:
                 )
             logger.warning(f"{damaged} is damaged; {files[-1].name}, the one before it, is used.")
         self.last, state, iterations = files[-1], engine.state, engine.state.epoch_length
-        scheduler = self.objects.get("lr_scheduler")
-        lengths = {
-            name: value for name, value in vars(scheduler or self).items() if name in ("t_total", "warmup_steps")
-        }
+        schedule = vars(self.objects.get("lr_scheduler", self))
+        lengths = {name: schedule[name] for name in ("t_total", "warmup_steps") if name in schedule}
         CheckedCheckpointLoader(str(self.last), self.checkpoint.to_save, map_location=self.map_location)(engine)
         schedule.update(lengths)  # those of more epochs, where there are more
         if state.epoch_length != iterations:
