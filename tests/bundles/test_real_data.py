@@ -57,7 +57,8 @@ def test_a_perfect_network_gives_back_the_labels(bundle, folder, name, real_data
     # What training cuts its crops from, and what inference makes of its answer.
     shown = train.get_parsed_content("train#preprocessing").transforms[0]({"image": image, "label": label})
     given = inference.get_parsed_content("preprocessing")({"image": image})["image"]
-    assert torch.equal(torch.as_tensor(shown["image"]), torch.as_tensor(given))
+    # To the rounding of single precision, in which inference finds the places to resample at.
+    torch.testing.assert_close(shown["image"].as_tensor(), given.as_tensor(), rtol=0, atol=1e-3)
     logits = given.new_tensor(10 * one_hot(torch.as_tensor(shown["label"])[None], len(labels))[0])
     logits.copy_meta_from(given)
     back = inference.get_parsed_content("postprocessing")({"pred": logits, "image": given})["pred"]
