@@ -201,8 +201,9 @@ def draw(settings: dict[str, Any], folder: Path) -> None:
     (folder / "store").mkdir()
     parser = training(settings, folder, store=str(folder / "store"), cache_rate=0.0).parser
     stored = parser.get_parsed_content("loading")
-    for item in parser.get_parsed_content("train#dataset#data"):
-        stored.prepare(item)
+    for side in ("train", "validate"):
+        for item in parser.get_parsed_content(f"{side}#dataset#data"):
+            stored.prepare(item)
 
 
 def make_loader(name: str, settings: dict[str, Any], folder: Path) -> DataLoader:
