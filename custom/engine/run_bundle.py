@@ -89,15 +89,23 @@ def check_resumption(
             f"with; put them back, train in another --output_dir, or anew in this one by --resume False."
         )
     several = parsed(workflow.config_root_path / "multi_gpu_train.json").config
-    then, now = (settings_of(config, several) for config in (parsed(known).config, workflow.parser.config))
+    configs = (parsed(known).config, without_tracking(workflow.parser.config))
+    then, now = (settings_of(config, several) for config in configs)
+    start = read_json(record, list)[-1]
+    # Handlers that a user's config adds, such as a tracker, are not in the bundle that the run has become.
+    before, added = (
+        {id: json.dumps(value, default=str) for id, value in found.items() if id.startswith("+")}
+        for found in (start["overrides"] or {}, overrides(*configs[::-1]))
+    )
+    if before != added:
+        logger.warning(f"The run in {run} was started with these handlers added: {before}, and goes on with: {added}.")
     for id in sorted(then.keys() | now.keys()):
-        if then.get(id) != now.get(id):
+        if then.get(id) != now.get(id) and (id in then or not id.startswith(tuple(f"{name[1:]}#" for name in added))):
             words = f"{id} {json.dumps(then.get(id))}", json.dumps(now.get(id))
             if id.partition("#")[0] in SOUND or id in SOUND:
                 logger.info(f"The run in {run} was started with {words[0]}, and goes on with {words[1]}.")
             else:
                 _refuse(run, *words)
-    start = read_json(record, list)[-1]
     cases, weights = start["datalist_sha256"], start["pretrained_sha256"]
     if None not in (cases, digest(datalist)) and cases != digest(datalist):
         _refuse(run, "another content of its data list", f"that of {datalist}")

@@ -36,12 +36,12 @@ def run(tmp_path):
     """Start a training, by the configs of the bundle or of a folder, with overrides; return the starts recorded."""
     (tmp_path / "list.json").write_text("{}")
 
-    def start(folder=BUNDLE, **values) -> list[dict]:
+    def start(folder=BUNDLE, *overlays, **values) -> list[dict]:
         names = ("train", "metadata")
         config, meta = (str(folder / "configs" / f"{name}.json") for name in names)
         place = {"output_dir": str(tmp_path / "run"), "datalist": str(tmp_path / "list.json")}
         values = {"bundle_root": str(folder), **({} if folder != BUNDLE else place), **values}
-        workflow = ConfigWorkflow(config, meta, workflow_type=None, logging_file=False, **values)
+        workflow = ConfigWorkflow([config, *overlays], meta, workflow_type=None, logging_file=False, **values)
         workflow.parser["run"] = [*RUN[:1], "$@start(@handler)"]
         workflow.parser["handler"] = RUN[1]
         workflow.parser["start"] = "$lambda handler: handler(__import__('ignite.engine').engine.Engine(print))"
@@ -110,6 +110,15 @@ def test_other_scans_behind_the_same_list_are_refused(run, tmp_path):
         run(dataset_dir=str(tmp_path / "others"))
     with pytest.raises(BadInput, match="other files for the names in its data list, and now it would be those in"):
         raise caught.value.__cause__
+
+
+def test_handlers_that_are_added_may_differ_and_are_said(run, tmp_path, caplog):
+    """Such as a tracker; the run's own configs are without them."""
+    overlay = str(tmp_path / "mine.json")
+    write_json(tmp_path / "mine.json", {"+train#handlers": [{"_target_": "StatsHandler", "name": "mine"}]})
+    assert len(run(BUNDLE, overlay)) == 1
+    assert len(run(BUNDLE, overlay)) == 2 and "handlers added" not in caplog.text
+    assert len(run(tmp_path / "run")) == 3 and "StatsHandler" in caplog.text and "goes on with: {}" in caplog.text
 
 
 @pytest.mark.parametrize(
