@@ -109,7 +109,7 @@ def check_resumption(
     cases, weights = start["datalist_sha256"], start["pretrained_sha256"]
     if None not in (cases, digest(datalist)) and cases != digest(datalist):
         _refuse(run, "another content of its data list", f"that of {datalist}")
-    if cases is not None and start["scans_sha256"] != digest_of_scans(datalist, dataset_dir):
+    if start.get("scans_sha256") not in (None, digest_of_scans(datalist, dataset_dir)):
         _refuse(run, "other files for the names in its data list", f"those in {dataset_dir}")
     if weights != (pretrained and digest(pretrained)):
         _refuse(run, "other weights by --pretrained" if weights else "no --pretrained weights", str(pretrained))

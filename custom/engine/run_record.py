@@ -106,8 +106,8 @@ def digest_of_scans(datalist: str | Path, dataset_dir: str | Path) -> str | None
         return None
     entries = [entry for section in read_json(datalist).values() if isinstance(section, list) for entry in section]
     named = [value for entry in entries if isinstance(entry, dict) for _, value in leaves(entry)]
-    paths = {name: Path(dataset_dir, name) for name in named if isinstance(name, str) and "\0" not in name}
-    sizes = sorted((name, path.stat().st_size) for name, path in paths.items() if path.is_file())
+    paths = {name: os.path.join(dataset_dir, name) for name in named if isinstance(name, str)}
+    sizes = sorted((name, os.path.getsize(path)) for name, path in paths.items() if os.path.isfile(path))
     return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
 
 

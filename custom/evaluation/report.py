@@ -1,6 +1,7 @@
 """The page of a run, report.html: curves, pictures, cases, settings and provenance in one file without a network."""
 
 import base64
+import csv
 import html
 import json
 import logging
@@ -158,16 +159,15 @@ def curve(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> st
 
 
 def table_of(file: Path) -> list[list[str]]:
-    """Return the rows of a CSV file of MONAI's, which quotes nothing: header, then cases from the worst to the best."""
-    header, *lines = file.read_text().splitlines()
-    rows = [line.rsplit(",", header.count(",")) for line in lines]
+    """Return the rows of a `*_raw.csv` of `SegmentationReport`: header, then cases from the worst to the best."""
+    header, *rows = csv.reader(file.read_text().splitlines())
     best_last = 1 if "dice" in file.name else -1
 
     def rank(row: Sequence[str]) -> float:
         mean = float(row[-1])
         return best_last * mean if math.isfinite(mean) else -math.inf
 
-    return [header.split(","), *sorted(rows, key=rank)]
+    return [header, *sorted(rows, key=rank)]
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

@@ -58,7 +58,7 @@ def folder(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "validation").mkdir()
-    cases = ["good.nii.gz,1.0,0.8,0.9", f"a,b{HOSTILE}.nii.gz,nan,0.2,0.2", "none.nii.gz,nan,nan,nan"]
+    cases = ["good.nii.gz,1.0,0.8,0.9", f'"a,b{HOSTILE}.nii.gz",nan,0.2,0.2', "none.nii.gz,nan,nan,nan"]
     head = "filename,liver,spleen,mean"
     (tmp_path / "validation" / "val_mean_dice_raw.csv").write_text("\n".join([head, *cases]) + "\n")
     distances = ["good.nii.gz,1.0,1.0,1.0", "far.nii.gz,9.0,9.0,9.0"]
