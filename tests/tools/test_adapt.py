@@ -173,3 +173,11 @@ def test_weights_fix_the_network_and_their_spacing_is_kept_where_it_fits(quick, 
     config, plan = adapted(datalist, tmp_path / "out", "--pretrained", str(tmp_path / "model.pt"))
     assert config["feature_size"] == 24 and config["network_def"]["window_size"] == 4
     assert "The pre-training's spacing, that of each scan, does not fit" in plan
+
+
+def test_a_ct_of_air_alone_is_refused(tmp_path, capsys):
+    datalist = write_cases(tmp_path, ct=True)
+    air = np.random.default_rng(0).integers(-1024, -600, (20, 18, 12)).astype(np.int16)
+    nibabel.Nifti1Image(air, np.eye(4)).to_filename(tmp_path / "image_0.nii.gz")
+    assert main([str(datalist), str(tmp_path / "out")]) == 2
+    assert "image_0.nii.gz has no voxel above -500 HU" in capsys.readouterr().err

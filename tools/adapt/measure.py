@@ -41,7 +41,7 @@ def measure(item: dict, channels: int) -> Case:
     """Load a case as a training does, and measure it.
 
     Raises:
-        BadInput: for what a training refuses, and ids above `MOST_ID`.
+        BadInput: for what a training refuses, ids above `MOST_ID`, and a CT of air alone.
     """
     started = time.monotonic()
     names = [str(number) for number in range(MOST_ID + 1)]
@@ -50,8 +50,12 @@ def measure(item: dict, channels: int) -> Case:
     seconds, spacing_mm = time.monotonic() - started, data["image"].pixdim.numpy()
     image, label = (data[key].numpy()[0] for key in ("image", "label"))
     in_hu = not Values().add(image).note("ct")
-    body = ndimage.find_objects((image > AIR_HU if in_hu else image != 0).astype(np.int8))[0]
-    extent_mm = spacing_mm * [part.stop - part.start for part in body]
+    body = ndimage.find_objects((image > AIR_HU if in_hu else image != 0).astype(np.int8))
+    if not body:
+        raise BadInput(
+            f"{item['image']} has no voxel above {AIR_HU} HU, so that no body is in it; take it out of the list."
+        )
+    extent_mm = spacing_mm * [part.stop - part.start for part in body[0]]
     classes = {}
     for id, box in enumerate(ndimage.find_objects(label), 1):
         if box is not None:
