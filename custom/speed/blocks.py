@@ -66,14 +66,14 @@ class FoldedUpBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
         block = self.conv_block
-        output = block.lrelu(block.norm1(self._convolve(x, skip, block.conv1.conv.weight)))
+        output = block.lrelu(block.norm1(self._convolve(x, skip, block.conv1.conv)))
         output = block.norm2(block.conv2(output))
-        output += block.norm3(self._convolve(x, skip, block.conv3.conv.weight))
+        output += block.norm3(self._convolve(x, skip, block.conv3.conv))
         return block.lrelu(output)
 
-    def _convolve(self, x: torch.Tensor, skip: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Convolve the concatenation of upsampled x and skip with a weight (C, 2 * C, k, k, k), k odd."""
-        upsampled, beside = weight.chunk(2, 1)
-        pad = weight.shape[-1] // 2
+    def _convolve(self, x: torch.Tensor, skip: torch.Tensor, conv: nn.Conv3d) -> torch.Tensor:
+        """Convolve the concatenation of upsampled x and skip by a convolution of 2 * C to C channels, of odd size."""
+        upsampled, beside = conv.weight.chunk(2, 1)
+        pad = conv.kernel_size[0] // 2  # not of the weight, whose size is no number where torch traces
         kernel = F.conv3d(self.transp_conv.conv.weight, upsampled, padding=2 * pad)
         return F.conv_transpose3d(x, kernel, stride=2, padding=pad) + F.conv3d(skip, beside, padding=pad)

@@ -177,7 +177,7 @@ class Client:
 
     def round(self, weight: float) -> float:
         self.model.weight.data.fill_(weight)
-        self.trainer.state.max_epochs = self.trainer.state.epoch + 1
+        self.trainer.state.max_epochs, self.trainer.state.epoch_length = self.trainer.state.epoch + 1, 3
         self.trainer.run([0] * 3)
         return self.model.weight.item()
 
@@ -219,7 +219,8 @@ def test_the_state_of_a_gradient_scaler_is_saved(tmp_path):
 
     for epochs in (1, 2):  # the second goes on
         run = Engine(step)
-        run.state.max_epochs, run.scaler = epochs, torch.amp.GradScaler("cpu", init_scale=8.0)
+        run.state.max_epochs, run.state.epoch_length = epochs, 1
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         RunState(tmp_path, {"model": torch.nn.Linear(1, 1)}).attach(run)
         run.run([0], max_epochs=epochs)
     assert scales == [8.0, 4.0]
