@@ -31,8 +31,8 @@ BUNDLES = sorted(path for path in (ROOT / "bundles").iterdir() if path.is_dir())
 PRETRAINING = ROOT / "bundles" / "dae_pretraining"
 SEGMENTATION = [bundle for bundle in BUNDLES if bundle.name.endswith("segmentation")]
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-# The smallest network and a patch that it takes in a second.
-SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "num_workers": 0}
+# The smallest network, and one crop of each scan that it takes in a second.
+SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "crops_per_volume": 1, "num_workers": 0}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -176,7 +176,10 @@ def federated_client() -> Any:
 
 
 def _callers() -> Iterator[Any]:
-    return (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def declared_ids(folder: Path) -> set[str]:

@@ -70,8 +70,14 @@ class Run:
         Raises:
             RuntimeError: when it fails.
         """
-        if self.start(folder).wait():
-            raise RuntimeError(f"The run has failed; see {folder.with_suffix('.log')}.")
+        check_end(self.start(folder), folder)
+
+
+def check_end(process: subprocess.Popen, folder: Path) -> None:
+    """Wait for the end of a run; raise `RuntimeError` with the end of its log when it fails."""
+    if process.wait():
+        log = folder.with_suffix(".log")
+        raise RuntimeError(f"The run has failed; see {log}, which ends in:\n{log.read_text(errors='replace')[-5000:]}")
 
 
 def processes(folder: Path) -> list[int]:
@@ -194,8 +200,7 @@ def compare(run: Run, folder: Path, kills: int, random: np.random.Generator) -> 
     process = run.start(whole)
     wait((whole / "run.json").exists, process)
     start_s = time.monotonic() - begun
-    if process.wait():
-        raise RuntimeError(f"The run has failed; see {whole.with_suffix('.log')}.")
+    check_end(process, whole)
     epoch_s = (time.monotonic() - begun - start_s) / epochs
     moments = random.permutation(np.resize(MOMENTS, kills)).tolist()
     made = Counter(
