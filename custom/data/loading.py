@@ -16,6 +16,8 @@ from custom.errors import BadInput
 
 SHOWN_NAMES = 20  # of classes, in an error
 logger = logging.getLogger(__name__)
+# Where pydicom is installed, MONAI warns for each loader that a codec for DICOM on a GPU is not.
+logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
 
 
 class LoadScand(LoadImaged):

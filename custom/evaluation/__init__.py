@@ -1,1 +1,1 @@
-"""Looking at what a network does: metrics, pictures, ensembles and test-time augmentation."""
+"""Looking at what a network does: metrics, pictures, the page of a run, ensembles, and the probe of a pre-training."""

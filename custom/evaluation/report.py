@@ -25,6 +25,7 @@ PICTURES = 12  # in a page, those of the worst cases first
 POINTS = 500  # of a curve
 WIDTH, HEIGHT, LEFT = 420, 200, 60  # of a curve's drawing, in pixels
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf")
+TITLES = {"val": "Validation", "learning": "Learning rate", "probe": "Probe", "embedding": "Embedding"}  # of curves
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1300px;padding:0 1em;color:#222}
 h1{margin-bottom:0}svg,img{max-width:100%}figure{display:inline-block;margin:0 1em 1em 0;vertical-align:top}
 div{overflow-x:auto}
@@ -128,7 +129,7 @@ def curves(lines: Sequence[Mapping[str, float]]) -> dict[str, dict[str, list[tup
         for name, value in line.items():
             if name not in ("epoch", "iteration") and math.isfinite(value):
                 kind = name.split("_")[0]
-                title = {"val": "Validation", "learning": "Learning rate", "probe": "Probe"}.get(kind, "Training loss")
+                title = TITLES.get(kind, "Training loss")
                 groups.setdefault(title, {}).setdefault(name, []).append((line["epoch"], value))
     return groups
 
