@@ -161,7 +161,8 @@ def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(), ranks: 
     module = ["monai.bundle", "run", "--config_file", config_file]
     # A picture takes as long as a training step of the small network, and so does each window.
     quick = {"val_pictures": 0} if "train" in configs else {}
-    quick |= {"overlap": 0} if "inference" in configs or bundle.name.endswith("segmentation") else {}
+    windows = {"inference", "evaluate"} & set(configs) or bundle.name.endswith("segmentation")
+    quick |= {"overlap": 0} if windows else {}
     module += overrides(**{"bundle_root": bundle, **SMALL, **quick, **values})
     cwd = cwd or ROOT.parent
     if launcher:

@@ -19,6 +19,10 @@ def real_list(real_data, tmp_path_factory):
     brains = [f"{name}={real_data}/brain_mri/images/*_{name}.nii.gz" for name in ("t1", "t1ce", "t2", "flair")]
     sources = [f"ct={real_data}/ct/images", f"t1={real_data}/abdomen_mri/images", f"t2={real_data}/fetal_mri/images"]
     assert datalist.main([str(path), *sources, *brains, "--validation", "0.2"]) == 0
+    content = json.loads(path.read_text())
+    for side in ("training", "validation"):  # one scan of each modality
+        content[side] = list({entry["modality"]: entry for entry in content[side]}.values())
+    path.write_text(json.dumps(content))
     return path
 
 
