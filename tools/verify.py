@@ -41,7 +41,7 @@ REQUIRED = (
 )
 OVERLAYS = {
     "ensemble": "inference",
-    **dict.fromkeys(("evaluate", "multi_gpu_train", "published", "few_labels", "field"), "train"),
+    **dict.fromkeys(("evaluate", "multi_gpu_train", "published", "few_labels", "field", "resenc"), "train"),
 }
 # What monai.bundle or its consumers read by name.
 ENTRY_POINTS = {"imports", "initialize", "run", "finalize", "val_interval", "train#trainer", "postprocessing"}
