@@ -210,7 +210,7 @@ def overrides(sizes: Mapping[str, Any]) -> str:
         "strides": [[1, 1, 1], *[[2, 2, 2]] * (count - 1)],
     }
     changed = {f"network_def#{name}": sizes[name] for name, value in usual.items() if sizes[name] != value}
-    return "".join(f' --{id} "{value}"' for id, value in {"feature_size": width, **changed}.items())
+    return f" --feature_size {width}" + "".join(f' --{id} "{value}"' for id, value in changed.items())
 
 
 def read_plans(file: str | Path) -> dict[str, Any]:
