@@ -1,11 +1,13 @@
-"""Pre-training of a stock network: its token embedding is masked, and its deepest features leave beside its output."""
+"""Pre-training of a stock network: its embedding is masked, and its deepest features leave beside its output."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from custom.errors import BadInput
 from custom.masking import LocalMasking
+from custom.text import did_you_mean
 
 
 def disruptive_autoencoder(
@@ -21,14 +23,14 @@ def disruptive_autoencoder(
     same output. In training mode the network returns its output and the embedding of the loss.
 
     Args:
-        network: such as MONAI's `SwinUNETR`.
-        embedding: name of the submodule that gives the token embedding (B, C, d, h, w).
+        network: any that gives one tensor, such as MONAI's `SwinUNETR`; names are those of its submodules.
+        embedding: name of the submodule that gives the embedding (B, C, d, h, w).
         features: name of the submodule that gives the deepest features (B, C', d', h', w'), alone or as the last of
             several.
         masking: of the embedding, in training mode only; None masks nothing.
-        left_out_skip: name of a submodule whose output is replaced by zeros, and which is frozen. The last stage of a
-            Swin UNETR's decoder sees the input image by way of "encoder1", and with local masking alone the network can
-            copy it.
+        left_out_skip: name of a submodule whose output, or the first of several, is replaced by zeros. The last stage
+            of a Swin UNETR's decoder sees the input image by way of "encoder1", and with local masking alone the
+            network can copy it. The submodule is frozen, unless the features come from it.
 
     Shapes:
         image: as the network takes it.
@@ -36,7 +38,7 @@ def disruptive_autoencoder(
         in eval mode: what the network gives.
 
     Raises:
-        AttributeError: for a name that the network does not have.
+        BadInput: for a name that the network does not have or, when it is called, does not call.
 
     Randomness:
         see `LocalMasking`; in training mode only.
@@ -45,12 +47,21 @@ def disruptive_autoencoder(
         Valanarasu et al., "Disruptive Autoencoders", MIDL 2024.
     """
     hooks = _Hooks(masking)
-    network.get_submodule(embedding).register_forward_hook(hooks.mask)
-    network.get_submodule(features).register_forward_hook(hooks.keep_features)
+    _submodule(network, embedding).register_forward_hook(hooks.mask)
+    _submodule(network, features).register_forward_hook(hooks.keep_features)
     if left_out_skip is not None:
-        network.get_submodule(left_out_skip).requires_grad_(False).register_forward_hook(_zeros)
+        skip = _submodule(network, left_out_skip)
+        skip.requires_grad_(left_out_skip == features).register_forward_hook(_leave_out)
     network.register_forward_hook(hooks.add_features)
     return network
+
+
+def _submodule(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError as error:
+        hint = did_you_mean(name, dict(network.named_modules()).keys()) or "; its `named_modules()` have the names."
+        raise BadInput(f"{type(network).__name__} has no submodule {name!r}{hint}") from error
 
 
 class _Hooks:
@@ -58,19 +69,27 @@ class _Hooks:
 
     def __init__(self, masking: LocalMasking | None) -> None:
         self.masking = masking
+        self.embedded = False
         self.features: torch.Tensor | None = None
 
     def mask(self, module: nn.Module, inputs: Any, embedding: torch.Tensor) -> torch.Tensor | None:
+        self.embedded = True
         return self.masking(embedding) if self.masking is not None and module.training else None
 
     def keep_features(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if module.training:
             self.features = output if isinstance(output, torch.Tensor) else output[-1]
 
-    def add_features(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
-        features, self.features = self.features, None
-        return None if features is None else (output, features.mean(dim=tuple(range(2, features.ndim))))
+    def add_features(self, network: nn.Module, inputs: Any, output: torch.Tensor) -> Any:
+        if not network.training:
+            return None
+        if self.features is None or not self.embedded:
+            name = "features" if self.embedded else "embedding"
+            raise BadInput(f"{type(network).__name__} does not call the submodule that `{name}` names; name another.")
+        features, self.features, self.embedded = self.features, None, False
+        return output, features.mean(dim=tuple(range(2, features.ndim)))
 
 
-def _zeros(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(output)
+def _leave_out(module: nn.Module, inputs: Any, output: Any) -> Any:
+    several = isinstance(output, list | tuple)
+    return [torch.zeros_like(output[0]), *output[1:]] if several else torch.zeros_like(output)

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
+import torch
 from monai.networks.utils import copy_model_state
 from torch import nn
 
@@ -13,7 +15,14 @@ from custom.errors import BadInput
 
 logger = logging.getLogger(__name__)
 
-PARTS = {"encoder": ("swinViT.", "encoder"), "decoder": ("decoder",), "both": ("swinViT.", "encoder", "decoder")}
+PARTS = {"encoder": ("encoder",), "decoder": ("decoder",), "both": ("encoder", "decoder")}
+# What the names of the tensors of a part match, the output layer first: of MONAI's `SwinUNETR` and of the library of
+# nnU-Net, whose decoder also holds the encoder, with other names of the same tensors.
+NAMES = {
+    "output": re.compile(r"out\.|decoder\.seg_layers\."),
+    "encoder": re.compile(r"swinViT\.|encoder"),
+    "decoder": re.compile(r"decoder"),
+}
 
 
 def transfer(
@@ -22,12 +31,13 @@ def transfer(
     """Copy the weights of a pre-training into a network, by name, and report what came over in the log.
 
     The encoder is the Swin transformer with the blocks `encoder1` to `encoder10` that lead out of it, the decoder the
-    blocks `decoder1` to `decoder5`. The output layer is always new. Where the network has another number of input
-    channels than the checkpoint, each channel's weights in its first layers are the sum of the checkpoint's over its
-    channels, divided by the network's number of channels: they give what they gave for the mean of the channels.
+    blocks `decoder1` to `decoder5`; other networks name them `encoder` and `decoder`. The output layer is always new.
+    Where the network has another number of input channels than the checkpoint, each channel's weights in its first
+    layers are the sum of the checkpoint's over its channels, divided by the network's number of channels: they give
+    what they gave for the mean of the channels.
 
     Args:
-        network: a `SwinUNETR`, changed in place.
+        network: a `SwinUNETR` or another whose tensors `NAMES` knows, changed in place.
         checkpoint: file of the pre-training's weights, None to start from scratch.
         parts: "encoder", "decoder" or "both".
         least_share: of the tensors of these parts, in [0, 1], which have to come from the checkpoint.
@@ -44,8 +54,9 @@ def transfer(
     if checkpoint is None:
         logger.info("No --pretrained checkpoint: the network starts from scratch.")
         return {}
-    weights, own = read_weights(checkpoint), network.state_dict()
-    wanted = {name: value for name, value in weights.items() if name in own and name.startswith(PARTS[parts])}
+    weights, own = read_weights(checkpoint), tensors_of(network)
+    asked = [name for name in own if part_of(name) in PARTS[parts]]
+    wanted = {name: weights[name] for name in asked if name in weights}
     for name, value in wanted.items():
         if value.ndim == own[name].ndim == 5:  # convolutions, (to, from, ...)
             channels = own[name].shape[1]
@@ -67,7 +78,6 @@ def transfer(
             f"Nothing in the checkpoint {checkpoint} fits the network's {parts}: it has {len(weights)} tensors, such "
             f"as {', '.join(list(weights)[:3])}; name the model.pt of a pre-training."
         )
-    asked = [name for name in own if name.startswith(PARTS[parts])]
     came = f"{len(wanted)} of the {len(asked)} tensors of --transfer {parts}, {len(wanted) / len(asked):.0%}"
     if len(wanted) < least_share * len(asked):
         raise BadInput(
@@ -79,7 +89,7 @@ def transfer(
     copy_model_state(network, wanted)
     left = {
         name: "the output layer is new"
-        if name.startswith("out.")
+        if part_of(name) == "output"
         else "not in the checkpoint"
         if name not in weights
         else f"--transfer {parts}"
@@ -89,10 +99,25 @@ def transfer(
     for reason in sorted(set(left.values())):
         names = sorted(name for name in left if left[name] == reason)
         logger.info(f"{len(names)} start anew, {reason}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
-    unused = sorted(weights.keys() - own.keys())
+    unused = sorted(weights.keys() - network.state_dict().keys())
     if unused:
         logger.info(f"{len(unused)} of the checkpoint have no place in the network: {', '.join(unused[:4])}")
     return left
+
+
+def tensors_of(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors of a network's state by name, each once: under the first of the names that it has there."""
+    own, seen = {}, set()
+    for name, value in network.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            own[name] = value
+        seen.add(id(value))
+    return own
+
+
+def part_of(name: str) -> str | None:
+    """Return of which part a network's tensor is, by its name: "encoder", "decoder", "output" or none of them."""
+    return next((part for part, names in NAMES.items() if names.match(name)), None)
 
 
 def training_differences(checkpoint: str | Path) -> list[str]:

@@ -17,11 +17,8 @@ from pathlib import Path
 import nibabel
 import pytest
 import torch
-from monai.networks.nets import SwinUNETR
+from monai.bundle import ConfigParser
 
-from custom.masking import LocalMasking
-from custom.network import disruptive_autoencoder
-from custom.speed.blocks import use_quick_blocks
 from tests import preload
 from tools import datalist as datalist_tool
 from tools import phantom
@@ -33,6 +30,13 @@ SEGMENTATION = [bundle for bundle in BUNDLES if bundle.name.endswith("segmentati
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 # The smallest network, and one crop of each scan that it takes in a second.
 SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "crops_per_volume": 1, "num_workers": 0}
+# The backbones that tests run with: their overlay, and what makes them small. Windows of 7 voxels a side would take
+# four times as long.
+BACKBONES = {
+    "swin": ([], {"window_size": 4}),
+    "resenc": (["resenc"], {"feature_size": 4, "n_blocks_per_stage": [1] * 6}),
+}
+each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -132,11 +136,36 @@ def real_data() -> Path:
     return folder
 
 
-def autoencoder(ratio: float = 0.6, skip: bool = True, feature_size: int = 12, **kwargs) -> SwinUNETR:
+def autoencoder(
+    ratio: float = 0.6, skip: bool = True, backbone: str = "swin", feature_size: int | None = None, **network
+) -> torch.nn.Module:
     """The pre-training network as the bundle makes it, small by default."""
-    stock = SwinUNETR(in_channels=1, out_channels=1, feature_size=feature_size, **kwargs)
-    left_out = None if skip else "encoder1"
-    return use_quick_blocks(disruptive_autoencoder(stock, masking=LocalMasking(ratio), left_out_skip=left_out))
+    overlay, _ = BACKBONES[backbone]
+    parser = ConfigParser()
+    parser.read_config([str(PRETRAINING / f"configs/{name}.json") for name in ("train", *overlay)])
+    ids = {"device": "cpu", "local_mask_ratio": ratio, "full_resolution_skip": skip}
+    parser.update({**ids, **small_ids(PRETRAINING, backbone)})
+    parser.update({f"network_def#network#{name}": value for name, value in network.items()})
+    if feature_size is not None:
+        parser["feature_size"] = feature_size
+    return parser.get_parsed_content("network")
+
+
+def segmentation_network(backbone: str = "swin", classes: int = 2, **ids) -> torch.nn.Module:
+    """The stock network of a segmentation bundle, small by default."""
+    parser = ConfigParser()
+    parser.read_config(
+        [str(SEGMENTATION[1] / f"configs/{name}.json") for name in ("inference", *BACKBONES[backbone][0])]
+    )
+    parser.update({"labels": list(map(str, range(classes))), **small_ids(SEGMENTATION[1], backbone), **ids})
+    return parser.get_parsed_content("network_def")
+
+
+def small_ids(bundle: Path, backbone: str) -> dict:
+    """Ids and values that make a bundle's network small."""
+    place = "network_def#network" if bundle == PRETRAINING else "network_def"
+    ids = {**SMALL, **BACKBONES[backbone][1]}
+    return {name if name in SMALL else f"{place}#{name}": value for name, value in ids.items()}
 
 
 def folders(path: Path) -> dict[str, Path]:
@@ -163,7 +192,8 @@ def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(), ranks: 
     quick = {"val_pictures": 0} if "train" in configs else {}
     windows = {"inference", "evaluate"} & set(configs) or bundle.name.endswith("segmentation")
     quick |= {"overlap": 0} if windows else {}
-    module += overrides(**{"bundle_root": bundle, **SMALL, **quick, **values})
+    small = small_ids(bundle, "resenc" if "resenc" in configs else "swin")
+    module += overrides(**{"bundle_root": bundle, **small, **quick, **values})
     cwd = cwd or ROOT.parent
     if launcher:
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}

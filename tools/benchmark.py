@@ -10,7 +10,8 @@ to choose a better epoch by.
 
 A task is a JSON file: "datalist" (made by tools.datalist with --labels and --folds), "validation_folds", "test_folds"
 (the other folds are to train on), "pretraining" and "finetuning", each with "bundle", "iterations" and "overrides",
-"counts" (of labelled cases) and "seeds". A "datalist" in "pretraining" names further scans. Paths start at the file.
+"counts" (of labelled cases) and "seeds". A "datalist" in "pretraining" names further scans, and "configs" in either the
+bundle's overlays, such as ["resenc"]. Paths start at the file.
 Without validation folds the learning curves are those of the training cases.
 """
 
@@ -161,7 +162,7 @@ def pretraining(task: dict, method: str, out: Path) -> tuple[Path, list[str]]:
     part = task["pretraining"]
     return folder, command(
         part["bundle"],
-        ["train"],
+        ["train", *part.get("configs", [])],
         datalist=out / "pretraining.json",
         output_dir=folder,
         ckpt_dir=folder / "models",
@@ -180,7 +181,7 @@ def finetuning(task: dict, run: Run, out: Path) -> tuple[Path, list[str]]:
     )
     return folder, command(
         part["bundle"],
-        ["train"],
+        ["train", *part.get("configs", [])],
         datalist=out / "finetuning.json",
         output_dir=folder,
         ckpt_dir=folder / "models",
@@ -198,7 +199,7 @@ def evaluation(task: dict, run: Run, section: str, out: Path) -> tuple[Path, lis
     part, folder = task["finetuning"], run.folder(out) / section
     return folder, command(
         part["bundle"],
-        ["train", "evaluate"],
+        ["train", *part.get("configs", []), "evaluate"],
         datalist=out / "finetuning.json",
         output_dir=folder,
         ckpt_dir=run.folder(out) / "models",
@@ -248,7 +249,8 @@ def finish(folder: Path, arguments: list[str], threads: int) -> None:
 def seconds_per_iteration(part: dict) -> float:
     """Measure a training step of the pre-training or the fine-tuning of a task."""
     parser = ConfigParser()
-    parser.read_config(str(BUNDLES / part["bundle"] / "configs/train.json"))
+    names = ["train", *part.get("configs", [])]
+    parser.read_config([str(BUNDLES / part["bundle"] / f"configs/{name}.json") for name in names])
     parser.update(part["overrides"])
     network = parser.get_parsed_content("network")  # on the device that the runs will take
     first = next(network.parameters())

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 from monai.transforms import RandSpatialCropSamplesd, SpatialPadd
+from torch import nn
 from tqdm import tqdm
 
 from custom.data.datalist import read_datalist
@@ -33,10 +34,12 @@ from custom.errors import BadInput
 from custom.files import read_json
 from custom.published import AxisPermutation
 from custom.text import markdown_table
+from tools import resenc
 from tools._cli import tool
 from tools.weights import BLOCK, convert, read, recognise
 
-DECODERS = ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1")  # in the order in which they are called
+# Stages of a Swin UNETR, its decoder's in the order in which they are called.
+DECODERS = ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1")
 STAGES = ("patch embedding", "stage 1", "stage 2", "stage 3", "stage 4", *DECODERS)
 
 
@@ -99,7 +102,7 @@ def cka(x: torch.Tensor, y: torch.Tensor) -> float:
     return (hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()).item()
 
 
-def load(bundle: str, checkpoint: str, settings: Mapping[str, Any] | None = None) -> tuple[SwinUNETR, ConfigParser]:
+def load(bundle: str, checkpoint: str, settings: Mapping[str, Any] | None = None) -> tuple[nn.Module, ConfigParser]:
     """Make a bundle's network with the weights of a checkpoint, of the size that they are of.
 
     Args:
@@ -111,31 +114,46 @@ def load(bundle: str, checkpoint: str, settings: Mapping[str, Any] | None = None
         the network in eval mode, and the bundle's inference config.
 
     Raises:
-        BadInput: for a folder without a bundle, or weights that are not a whole Swin UNETR's.
+        BadInput: for a folder without a bundle, or weights that are not a whole network's of the bundles.
     """
     checkpoint = weights_file(checkpoint)
-    files = [Path(bundle, "configs", f"{name}.json") for name in ("inference", "published")]
-    if not all(file.is_file() for file in files):
-        raise BadInput(f"{bundle} is no bundle's folder, it has no configs/inference.json and configs/published.json.")
     weights, parser = read(checkpoint).weights, ConfigParser()
     try:
-        source = recognise(weights)
-        parser.read_config([str(file) for file in files[: 1 + source.repeats_octants]])
-        feature_size, channels = source.stem.shape[:2]
-        sizes: dict[str, Any] = {"feature_size": feature_size, "in_channels": channels}
-        for network_id in ("network_def", "network_def#network"):
-            sizes |= {f"{network_id}#in_channels": channels, f"{network_id}#out_channels": source.classes}
-            sizes[f"{network_id}#block_embedding"] = BLOCK in source.tensors
+        if resenc.is_resenc(weights):
+            source, overlays = None, ["resenc"]
+            own = resenc.architecture(weights)
+            sizes = {"feature_size": own["features_per_stage"][0], "in_channels": own["input_channels"]}
+        else:
+            source = recognise(weights)
+            overlays = ["published"] * source.repeats_octants
+            feature_size, channels = source.stem.shape[:2]
+            sizes = {"feature_size": feature_size, "in_channels": channels}
+            own = {"in_channels": channels, "out_channels": source.classes, "block_embedding": BLOCK in source.tensors}
+        files = [Path(bundle, "configs", f"{name}.json") for name in ("inference", *overlays)]
+        for file in files:
+            if not file.is_file():
+                raise BadInput(f"{bundle} is no bundle's folder, it has no configs/{file.name}.")
+        parser.read_config(list(map(str, files)))
+        sizes |= {f"{id}#{name}": value for id in ("network_def", "network_def#network") for name, value in own.items()}
         for name, value in {"disruptions": [], **sizes, **(settings or {})}.items():
             if name in parser:
                 parser[name] = value
-        if not source.classes:
+        if source is not None and not source.classes:
             raise BadInput("These weights are an encoder's alone; train with them first.")
         network = parser.get_parsed_content("network")
-        network.load_state_dict(convert(source, network)[0])
+        network.load_state_dict(weights if source is None else convert(source, network)[0])
     except BadInput as error:
         raise BadInput(f"{checkpoint}: {error}") from None  # of two checkpoints, which
     return network.eval(), parser
+
+
+def stages_of(network: nn.Module) -> dict[str, list[str]]:
+    """Return the submodules whose outputs are compared, each with the names of its stages."""
+    if isinstance(network, SwinUNETR):
+        return {"swinViT": list(STAGES[:5]), **{name: [name] for name in DECODERS}}
+    encoder, decoder = (list(network.get_submodule(f"{part}.stages").children()) for part in ("encoder", "decoder"))
+    up = {f"decoder.stages.{number}": [f"decoder {number + 1}"] for number in range(len(decoder))}
+    return {"encoder": [f"stage {number + 1}" for number in range(len(encoder))], **up}
 
 
 def bundle_of(place: str, given: str | None) -> str:
@@ -150,14 +168,14 @@ def bundle_of(place: str, given: str | None) -> str:
 
 
 @torch.no_grad()
-def stage_features(network: SwinUNETR, image: torch.Tensor) -> list[torch.Tensor]:
-    """Return what each of the `STAGES` gives for an image; those of the encoder as the decoder reads them.
+def stage_features(network: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    """Return what each stage gives for an image, see `stages_of`; those of the encoder as the decoder reads them.
 
     Shapes:
         image: (1, channels, D, H, W); features: (1, C, d, h, w).
     """
     found: list = []
-    modules = [getattr(network, name) for name in ("swinViT", *DECODERS)]
+    modules = [network.get_submodule(name) for name in stages_of(network)]
     hooks = [module.register_forward_hook(lambda *call: found.append(call[-1])) for module in modules]
     network(image)
     for hook in hooks:
@@ -166,7 +184,7 @@ def stage_features(network: SwinUNETR, image: torch.Tensor) -> list[torch.Tensor
     return [*hidden, *decoded]
 
 
-def compare(networks: Sequence[SwinUNETR], images: Iterable[torch.Tensor], positions: int, seed: int) -> list[Row]:
+def compare(networks: Sequence[nn.Module], images: Iterable[torch.Tensor], positions: int, seed: int) -> list[Row]:
     """Compare two networks at the same random positions of images.
 
     Args:
@@ -177,18 +195,21 @@ def compare(networks: Sequence[SwinUNETR], images: Iterable[torch.Tensor], posit
         images: each (1, channels, D, H, W).
 
     Raises:
-        BadInput: see `cka`.
+        BadInput: for networks of different kinds, and see `cka`.
     """
+    stages = [[name for names in stages_of(network).values() for name in names] for network in networks]
+    if stages[0] != stages[1]:
+        raise BadInput(f"The networks have other stages, {', '.join(stages[0])}, and {', '.join(stages[1])}.")
     generator = torch.Generator().manual_seed(seed)
-    samples: list = [([], []) for _ in STAGES]
+    samples: list = [([], []) for _ in stages[0]]
     for image in images:
         found = [stage_features(network, image.to(next(network.parameters()).device)) for network in networks]
         for kept, pair in zip(samples, zip(*found, strict=True), strict=True):
             places = torch.randperm(pair[0][0, 0].numel(), generator=generator)[:positions]
             for side, features in zip(kept, pair, strict=True):
                 side.append(features[0].flatten(1)[:, places.to(features.device)].T.cpu())
-    pairs = [[torch.cat(side) for side in kept] for kept in samples]
-    return [Row(name, len(x), x.shape[1], y.shape[1], cka(x, y)) for name, (x, y) in zip(STAGES, pairs, strict=True)]
+    pairs = zip(stages[0], ([torch.cat(side) for side in kept] for kept in samples), strict=True)
+    return [Row(name, len(x), x.shape[1], y.shape[1], cka(x, y)) for name, (x, y) in pairs]
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -202,7 +223,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     """Bars of the CKA of each stage, the encoder's in one colour and the decoder's in another."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    colours = ["tab:orange" if row.stage in DECODERS else "tab:blue" for row in rows]
+    colours = ["tab:orange" if row.stage.startswith("decoder") else "tab:blue" for row in rows]
     bars = axis.bar([row.stage for row in rows], [row.cka for row in rows], color=colours)
     axis.bar_label(bars, fmt="%.2f")
     axis.set(ylim=(min(0, *(row.cka for row in rows)), 1.08), ylabel="linear CKA, debiased")
@@ -232,7 +253,7 @@ def run(options: argparse.Namespace) -> None:
                 raise BadInput(
                     f"{checkpoint} was trained with {name} {trained}, and --{name} gives {value}; leave it out."
                 )
-    channels = [network.encoder1.layer.conv1.conv.in_channels for network in networks]
+    channels = [next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv3d)) for network in networks]
     if channels[0] != channels[1]:
         raise BadInput(f"The networks take {channels[0]} and {channels[1]} input channels, but have to see the same.")
     if len({any(isinstance(part, AxisPermutation) for part in network.modules()) for network in networks}) > 1:

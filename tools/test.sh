@@ -5,6 +5,9 @@
 # With "lowest": the tests of custom/ and of the configs with the lowest versions that setup.cfg allows, in .venv-lowest.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" "[test]"
+# By itself: it asks for timm and torchvision, which its U-Nets do not need.
+resenc=(--no-deps -c tools/constraints.txt dynamic-network-architectures)
+python -m pip install --quiet --disable-pip-version-check "${resenc[@]}"
 if [ "${1-}" = integration ]; then
     for list in tests/integration/*.txt; do
         environment=".venv-$(basename "$list" .txt)"
@@ -24,6 +27,7 @@ elif [ "${1-}" = lowest ]; then
     python -m pip install --quiet --disable-pip-version-check uv
     uv venv --quiet --clear --python "$(command -v python)" .venv-lowest
     uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[test]"
+    uv pip install --quiet --python .venv-lowest/bin/python "${resenc[@]}"
     . .venv-lowest/bin/activate
     set -- tests/custom tests/bundles/test_configs.py "${@:2}"
 else

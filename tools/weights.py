@@ -1,13 +1,17 @@
-"""Turn weights of a Swin UNETR into those of this project's networks or of MONAI's, and back as they were published.
+"""Turn weights of others into those of this project's networks, and back: Swin UNETR, and residual-encoder U-Nets.
 
     python -m tools.weights ckpt_best.pth model.pt              # published pre-training or fine-tuning
     python -m tools.weights model_swinvit.pt model.pt           # encoder of the Swin-UNETR self-supervision
     python -m tools.weights model.pt stock.pt --to stock        # for monai.networks.nets.SwinUNETR
     python -m tools.weights model.pt back.pth --to published    # back as it came; own weights: for the authors' code
+    python -m tools.weights checkpoint_final.pth model.pt       # nnU-Net's or nnssl's residual-encoder U-Net
+    python -m tools.weights model.pt dae.pth --to nnunet --plans nnUNetResEncUNetMPlans.json
 
 A file is recognised by its names and shapes; what becomes of each of its tensors, and of each of the network's, is
 printed. The written file has the weights under "model" and, under "origin", what leads back without loss: the names
-that they had, and the tensors that the network has no place for. Nothing but tensors and plain values is unpickled.
+that they had, and the tensors that the network has no place for. Those of a residual-encoder U-Net have their axes
+turned instead, see `tools.resenc`; for nnU-Net a plan is written beside them, which fits them to its data set.
+Nothing but tensors and plain values is unpickled.
 """
 
 from __future__ import annotations
@@ -18,18 +22,20 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from monai.networks.nets import SwinUNETR
 
-from custom.engine.checkpoint import read_weights
+from custom.engine.checkpoint import read_weights, training_of
 from custom.errors import BadInput
-from custom.files import replacing
+from custom.files import replacing, write_json
 from custom.published import PublishedSwinUNETR
+from tools import resenc
 from tools._cli import tool
 
 STEM = "swinViT.patch_embed.proj."
@@ -61,6 +67,10 @@ DEAD = {
 }
 
 
+# What nnU-Net's checkpoints have beside tensors and plain values: NumPy's numbers.
+NUMBERS = [np.dtype, np.float64(0).__reduce__()[0], *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8"))]
+
+
 class Checkpoint(NamedTuple):
     """What a file holds.
 
@@ -69,12 +79,14 @@ class Checkpoint(NamedTuple):
         key: what they are under, None for a bare state dict.
         others: keys of what is no weights.
         kept: None, or for a file that this tool wrote, names of the weights that it had no place for.
+        turn: of nnU-Net's axes z, y, x by its plan, None for weights that are not nnU-Net's.
     """
 
     weights: dict[str, torch.Tensor]
     key: str | None
     others: list[str]
     kept: set[str] | None = None
+    turn: Sequence[int] | None = None
 
 
 class Source(NamedTuple):
@@ -135,6 +147,11 @@ def _is_weight(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and torch.is_tensor(item[1])
 
 
+def _transpose_forward(content: Mapping[str, Any]) -> Sequence[int]:
+    """Return by what a checkpoint of nnU-Net says that it turns its axes; those of nnssl don't, and say nothing."""
+    return content.get("init_args", {}).get("plans", {}).get("transpose_forward", (0, 1, 2))
+
+
 def read(path: str | Path) -> Checkpoint:
     """Read weights as they came, also from a file that this tool wrote.
 
@@ -142,17 +159,20 @@ def read(path: str | Path) -> Checkpoint:
         BadInput: for a file that can't be read or holds no weights.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         read_weights(path)  # says in a sentence what is wrong with the file
         raise
-    key = next((key for key in ("model", "state_dict") if isinstance(content, Mapping) and key in content), None)
+    keys = ("model", "state_dict", "network_weights")
+    key = next((key for key in keys if isinstance(content, Mapping) and key in content), None)
     weights = content if key is None else content[key]
     if not isinstance(weights, Mapping) or not weights or not all(map(_is_weight, weights.items())):
         raise BadInput(f"The checkpoint {path} holds no network's weights; name a file that does.")
     origin = None if key is None else content.get("origin")
     if origin is None:
-        return Checkpoint(dict(weights), key, [str(other) for other in content if key not in (None, other)])
+        turn = _transpose_forward(content) if key == "network_weights" else None
+        return Checkpoint(dict(weights), key, [str(other) for other in content if key not in (None, other)], None, turn)
     try:
         came = {origin["names"][name]: value for name, value in weights.items() if name in origin["names"]}
         return Checkpoint(came | origin["unused"], origin["key"], [], set(origin["unused"]))
@@ -290,6 +310,10 @@ def run(options: argparse.Namespace) -> None:
     if out.is_dir() or not os.access(out.parent, os.W_OK) or os.path.realpath(out) == os.path.realpath(options.source):
         raise BadInput(f"{out} must be another file than {options.source}, in a folder that can be written to.")
     checkpoint = read(options.source)
+    if resenc.is_resenc(checkpoint.weights):
+        return convert_resenc(checkpoint, options)
+    if options.to == "nnunet":
+        raise BadInput(f"{options.source} is of no residual-encoder U-Net, and nnU-Net has no other of the bundles'.")
     source = recognise(checkpoint.weights)
     feature_size = len(source.stem)
     if options.feature_size not in (None, feature_size):
@@ -323,12 +347,63 @@ def run(options: argparse.Namespace) -> None:
     print(f"Weights: {out}\nNext:\n{next_step(source, options.to, out)}")
 
 
+def convert_resenc(checkpoint: Checkpoint, options: argparse.Namespace) -> None:
+    """Turn weights of a residual-encoder U-Net, report and write; those for nnU-Net with a plan beside them.
+
+    Raises:
+        BadInput: as `run`.
+    """
+    if options.to not in ("ours", "nnunet") or (options.to == "nnunet") is (options.plans is None):
+        raise BadInput("Weights of a residual-encoder U-Net are for --to ours, or for --to nnunet with its --plans.")
+    network, names = resenc.read(checkpoint.weights)
+    if checkpoint.turn is not None:  # to x, y, z
+        network = resenc.turned(network, [list(resenc.nnunet_axes(checkpoint.turn)).index(axis) for axis in range(3)])
+    out, plan = Path(options.out), None
+    if options.to == "nnunet":
+        plans, settings = resenc.read_plans(options.plans), (training_of(options.source) or {}).get("settings") or {}
+        network = resenc.turned(network, resenc.nnunet_axes(plans["transpose_forward"]))
+        plan = resenc.plan(network, plans, out.stem, settings)
+    sizes = resenc.architecture(network.state_dict())
+    if options.feature_size not in (None, width := sizes["features_per_stage"][0]):
+        raise BadInput(f"{options.source} has the feature size {width}, not {options.feature_size}.")
+    with replacing(out) as part:
+        torch.save({"network_weights" if plan else "model": network.state_dict()}, part)
+    rows = [
+        Row("taken" if name == target else "the same", checkpoint.weights[name].shape, name, target)
+        for name, target in names.items()
+    ]
+    channels, classes = sizes["input_channels"], sizes["num_classes"]
+    print(
+        f"Recognised: a residual-encoder U-Net of {sizes['n_stages']} stages, feature size {width}, {channels} input "
+        f"and {classes} output channels.",
+        *rows,
+        f"{len(set(names.values()))} tensors under {len(names)} names.",
+        sep="\n",
+    )
+    if checkpoint.others:
+        print(f"Left out, as no weights: {', '.join(checkpoint.others)}.")
+    if plan:
+        file = Path(options.plans).with_name(f"{out.stem}.json")
+        write_json(file, plan)
+        steps = "nnUNetv2_preprocess -d DATASET -c 3d_fullres -plans_name {0}\n"
+        steps += "nnUNetv2_train DATASET 3d_fullres FOLD -p {0} -pretrained_weights {1}"
+        print(f"Plan: {file}\nWeights: {out}\nNext:", steps.format(out.stem, shlex.quote(str(out))), sep="\n")
+    else:
+        bundle = "bundles/feta_mri_segmentation"
+        files = f"\"['{bundle}/configs/train.json','{bundle}/configs/resenc.json']\""
+        print(
+            f"Weights: {out}\nNext:\npython -m monai.bundle run --config_file {files} --bundle_root {bundle}"
+            f"{resenc.overrides(sizes)} --pretrained {shlex.quote(str(out))} --datalist DATALIST.json"
+        )
+
+
 def arguments(add: Callable) -> None:
     add("source", metavar="SOURCE", help="weights: a state dict, bare or under 'model' or 'state_dict'")
     add("out", metavar="OUT", help="file to write, for a bundle's --pretrained or --checkpoint")
-    add("--to", choices=("ours", "stock", "published"), default="ours", help="ours: as they are, for the networks of "
-        "the bundles (%(default)s); stock: for MONAI's SwinUNETR; published: with the names that they had or, for this "
-        "project's own, that the authors' code loads")  # fmt: skip
+    add("--to", choices=("ours", "stock", "published", "nnunet"), default="ours", help="ours: as they are, for the "
+        "networks of the bundles (%(default)s); stock: for MONAI's SwinUNETR; published: with the names that they had "
+        "or, for this project's own, that the authors' code loads; nnunet: for its -pretrained_weights")  # fmt: skip
+    add("--plans", metavar="PLANS.json", help="nnU-Net's plan of the data set that the weights are for")
     add("--feature_size", type=int, metavar="N", help="refuse weights of another feature size")
 
 

@@ -43,11 +43,11 @@ VALUES: list[tuple[set[str], Callable[[Any], bool], str]] = [
         "three spacings in mm, such as [1.5, 1.5, 2.0], or [] for those of each scan",
     ),
     (
-        {"in_channels", "batch_size", "crops_per_volume", "max_epochs", "max_iterations", "val_interval"},
+        {"in_channels", "feature_size", "batch_size", "crops_per_volume"}
+        | {"max_epochs", "max_iterations", "val_interval"},
         lambda value: _is_number(value, 1, whole=True),
         "a whole number from 1 on",
     ),
-    ({"feature_size"}, lambda value: _is_number(value, 12, whole=True) and value % 12 == 0, "a multiple of 12"),
     ({"num_workers", "val_pictures"}, lambda value: _is_number(value, 0, whole=True), "a whole number from 0 on"),
     ({"seed"}, lambda value: _is_number(value, 0, 2**32 - 1, whole=True), "a whole number from 0 to 2^32 - 1"),
     (
@@ -156,6 +156,10 @@ def check_values(config: dict[str, Any]) -> None:
             value = config[name]
             if not (value is None or isinstance(value, str) and value.startswith(("$", "@", "%"))) and not fits(value):
                 raise BadInput(f"`{name}` is {value!r}, and should be {words}.")
+    network = config.get("network_def", {})
+    target = str({**network, **network.get("network", {})}.get("_target_"))
+    if target.endswith("SwinUNETR") and isinstance(size := config.get("feature_size"), int) and size % 12:
+        raise BadInput(f"`feature_size` is {size}, and should be a multiple of 12 for a Swin UNETR.")
 
 
 def running_workflow() -> ConfigWorkflow | None:
@@ -237,7 +241,12 @@ def check_ids(config: dict[str, Any], declared: set[str]) -> None:
         if isinstance(target, str) and not target.startswith(("$", "@")):
             component: Any = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
             if component is None:
-                raise BadInput(f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?")
+                package = target.partition(".")[0]
+                raise BadInput(
+                    f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?"
+                    if find_spec(package)
+                    else f"`{path}` needs a package that is not installed: pip install --no-deps {package}."
+                )
             accepted = arguments_of(component)
             for name in value.keys() - accepted if accepted else ():
                 if not (name.startswith("_") and name.endswith("_")):

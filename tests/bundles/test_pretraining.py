@@ -12,7 +12,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import PRETRAINING, SMALL, TORCHRUN, autoencoder, folders, metrics, monai_bundle, overrides
+from tests.conftest import (
+    BACKBONES,
+    PRETRAINING,
+    SMALL,
+    TORCHRUN,
+    autoencoder,
+    each_backbone,
+    folders,
+    metrics,
+    monai_bundle,
+    overrides,
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,22 +113,24 @@ def test_a_bundle_runs_from_its_own_folder_by_relative_paths(small_list, tmp_pat
     assert (bundle / "models" / "model.pt").is_file()
 
 
-def test_two_processes_train_and_write_once(small_list, tmp_path):
+@each_backbone
+def test_two_processes_train_and_write_once(backbone, small_list, tmp_path):
+    """Two iterations: parameters without a gradient, as of outputs for deep supervision, stop the second."""
     done = monai_bundle(
         "train",
+        *BACKBONES[backbone][0],
         "multi_gpu_train",
         launcher=TORCHRUN,
         datalist=small_list,
-        max_epochs=1,
+        max_epochs=2,
         batch_size=1,
         **folders(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    (line,) = metrics(tmp_path)
-    assert line["iteration"] == 1  # two samples over two processes
+    assert [line["iteration"] for line in metrics(tmp_path)] == [1, 2]  # two samples over two processes
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
-    autoencoder().load_state_dict(weights)
+    autoencoder(backbone=backbone).load_state_dict(weights)
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,34 @@ from monai.networks.nets import SwinUNETR
 from custom.engine.checkpoint import load_weights, read_weights
 from custom.errors import BadInput
 from custom.transfer import transfer
-from tests.conftest import autoencoder
+from tests import conftest
+from tests.conftest import autoencoder, each_backbone
 
-ENCODER = ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10.")
-DECODER = ("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5.")
+# The names of each backbone's encoder, decoder and output layer; a residual-encoder U-Net's decoder holds the encoder.
+PARTS = {
+    "swin": (
+        ("swinViT.", "encoder1.", "encoder2.", "encoder3.", "encoder4.", "encoder10."),
+        ("decoder1.", "decoder2.", "decoder3.", "decoder4.", "decoder5."),
+        ("out.",),
+    ),
+    "resenc": (("encoder.", "decoder.encoder."), ("decoder.stages.", "decoder.transpconvs."), ("decoder.seg_layers.",)),
+}
+
+
+def randomised(network: torch.nn.Module) -> torch.nn.Module:
+    """A network in which every value differs from an initial one, also biases and norms."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    return network
 
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """Weights of a pre-training network in which every value differs from an initial one, also biases and norms."""
-    torch.manual_seed(0)
-    state = autoencoder().state_dict()
-    floats = {name: torch.randn_like(value) for name, value in state.items() if value.is_floating_point()}
+    """Weights of a pre-training network."""
     path = tmp_path_factory.mktemp("pretrained") / "model.pt"
-    torch.save({**state, **floats}, path)
+    torch.save(randomised(autoencoder()).state_dict(), path)
     return path
 
 
@@ -29,24 +43,29 @@ def segmentation_network(**kwargs):
     return SwinUNETR(in_channels=kwargs.pop("in_channels", 1), out_channels=5, **{"feature_size": 12, **kwargs})
 
 
-@pytest.mark.parametrize("parts, prefixes", [("encoder", ENCODER), ("decoder", DECODER), ("both", ENCODER + DECODER)])
-def test_exactly_the_parts_asked_for_come_over(parts, prefixes, pretrained, caplog):
+@each_backbone
+@pytest.mark.parametrize("parts", ["encoder", "decoder", "both"])
+def test_exactly_the_parts_asked_for_come_over(parts, backbone, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    weights, network = read_weights(pretrained), segmentation_network()
+    weights, checkpoint = randomised(autoencoder(backbone=backbone)).state_dict(), tmp_path / "model.pt"
+    torch.save(weights, checkpoint)
+    encoder, decoder, output = PARTS[backbone]
+    prefixes = {"encoder": encoder, "decoder": decoder, "both": encoder + decoder}[parts]
+    network = conftest.segmentation_network(backbone, classes=5)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    left = transfer(network, pretrained, parts)
-    came = 0
+    left = transfer(network, checkpoint, parts)
+    came = set()
     for name, value in network.state_dict().items():
         expected = name.startswith(prefixes)
-        came += expected
+        came |= {value.data_ptr()} if expected else set()
         assert torch.equal(value, weights[name] if expected else before[name]), name
-        assert (name in left) is not expected
-    assert {name for name in left if left[name] == "the output layer is new"} == {
-        "out.conv.conv.weight",
-        "out.conv.conv.bias",
-    }
-    assert f"{came} of {len(before)} tensors start from {pretrained} (--transfer {parts})" in caplog.text
-    assert "2 start anew, the output layer is new: out.conv.conv.bias, out.conv.conv.weight" in caplog.text
+        assert not (expected and name in left)
+    new = {name for name in left if left[name] == "the output layer is new"}
+    assert new == {name for name in before if name.startswith(output)}
+    total = len({value.data_ptr() for value in network.state_dict().values()})
+    assert f"{len(came)} of {total} tensors start from {checkpoint} (--transfer {parts})" in caplog.text
+    assert f"{len(new)} start anew, the output layer is new: {min(new)}" in caplog.text
+    assert len(left) == total - len(came)
 
 
 def test_without_a_checkpoint_nothing_changes_and_it_is_said(caplog):
@@ -70,14 +89,16 @@ def test_several_channels_start_from_one(pretrained):
         torch.testing.assert_close(several(image.expand(-1, 4, -1, -1, -1)), single(image), atol=1e-4, rtol=1e-4)
 
 
+@each_backbone
 @pytest.mark.parametrize("channels", [1, 2])
-def test_one_or_two_channels_start_from_four(channels, tmp_path):
+def test_one_or_two_channels_start_from_four(channels, backbone, tmp_path):
     """What the checkpoint made of four copies of a scan, the network makes of its own copies."""
     torch.manual_seed(1)
-    four, network = segmentation_network(in_channels=4).eval(), segmentation_network(in_channels=channels).eval()
+    four, network = (conftest.segmentation_network(backbone, in_channels=count).eval() for count in (4, channels))
     torch.save(four.state_dict(), tmp_path / "four.pt")
     assert set(transfer(network, tmp_path / "four.pt").values()) == {"the output layer is new"}
-    network.out.load_state_dict(four.out.state_dict())
+    output = {name: v for name, v in four.state_dict().items() if name.startswith(PARTS[backbone][2])}
+    network.load_state_dict(output, strict=False)
     image = torch.rand(1, 1, 64, 32, 32)
     with torch.no_grad():
         copies = (image.expand(-1, count, -1, -1, -1) for count in (channels, 4))

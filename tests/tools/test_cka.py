@@ -16,7 +16,7 @@ from PIL import Image
 
 from custom.engine.checkpoint import AtomicSaver
 from custom.files import read_json, write_json
-from tests.conftest import PRETRAINING, ROOT, autoencoder
+from tests.conftest import PRETRAINING, ROOT, autoencoder, segmentation_network
 from tests.custom.test_published import fill, manifest
 from tools.cka import STAGES, cka, compare, hsic, load, main, stage_features
 
@@ -90,12 +90,23 @@ def test_features_are_those_that_make_the_output(kind):
         assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_both_networks_are_compared_at_the_same_positions():
-    network = SwinUNETR(in_channels=1, out_channels=2, feature_size=12).eval()
+def test_features_of_a_residual_encoder_u_net_are_those_that_make_the_output():
+    network, image = segmentation_network("resenc").eval(), torch.randn(1, 1, 64, 32, 32)
+    features = stage_features(network, image)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(features, network.encoder(image), strict=False))
+    assert torch.equal(network.decoder.seg_layers[-1](features[-1]), network(image))
+    assert [value.shape[2] for value in features] == [64, 32, 16, 8, 4, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    "backbone, samples", [("swin", [20] * 4 + [4] + [20] * 5), ("resenc", [20] * 5 + [4] + [20] * 5)]
+)
+def test_both_networks_are_compared_at_the_same_positions(backbone, samples):
+    network = segmentation_network(backbone).eval()
     images = [torch.randn(1, 1, 64, 32, 32) for _ in range(2)]
     rows = compare((network, network), images, positions=10, seed=0)
-    assert [row.cka for row in rows] == pytest.approx([1] * 10)
-    assert [row.samples for row in rows] == [20] * 4 + [4] + [20] * 5
+    assert [row.cka for row in rows] == pytest.approx([1] * len(samples))
+    assert [row.samples for row in rows] == samples
 
 
 def seeded(kind: type, seed: int, feature_size: int = 12, **kwargs) -> dict:
@@ -120,6 +131,8 @@ def weights(tmp_path_factory):
             if name.startswith("swinViT.")
         },
         "other": torch.nn.Linear(2, 2).state_dict(),
+        "resenc": segmentation_network("resenc", classes=8).state_dict(),
+        "resenc pre": autoencoder(backbone="resenc").state_dict(),
     }
     contents["cut"] = {"model": {name: w for name, w in contents["fine"]["model"].items() if "decoder3" not in name}}
     for name, content in contents.items():
@@ -145,13 +158,18 @@ def run(weights, labelled_lists, tmp_path):
 
 @pytest.mark.parametrize(
     "checkpoint, bundle, other_bundle",
-    [("pre", PRETRAINING, FETA), ("fine", FETA, FETA), ("published fine", FETA, FETA)],
+    [
+        *(("pre", PRETRAINING, FETA), ("fine", FETA, FETA), ("published fine", FETA, FETA)),
+        *(("resenc pre", PRETRAINING, FETA), ("resenc", FETA, FETA)),
+    ],
 )
 def test_a_checkpoint_is_like_itself_at_every_stage(checkpoint, bundle, other_bundle, run):
     """A pre-training in the other bundle's network too: in eval mode nothing is masked."""
     status, rows = run(checkpoint, checkpoint, "--other_bundle", other_bundle, bundle=bundle)
-    assert status == 0 and list(rows) == list(STAGES)
-    assert [float(row["cka"]) for row in rows.values()] == pytest.approx([1] * 10)
+    up = [f"decoder {number}" for number in range(1, 6)]
+    stages = [*(f"stage {number}" for number in range(1, 7)), *up] if "resenc" in checkpoint else list(STAGES)
+    assert status == 0 and list(rows) == stages
+    assert [float(row["cka"]) for row in rows.values()] == pytest.approx([1] * len(stages))
 
 
 def test_other_weights_are_less_alike_and_everything_is_written_and_told(run, tmp_path, capsys):
@@ -218,6 +236,7 @@ WRONG = {
     "an encoder": (("fine", "encoder"), "encoder.pt: These weights are an encoder's alone"),
     "a part": (("cut", "fine"), "cut.pt: These weights lack 4 tensors"),
     "other channels": (("fine", "channels"), "take 1 and 2 input channels"),
+    "other kinds": (("fine", "resenc"), "The networks have other stages, patch embedding"),
     "no bundle": (("fine", "fine", "--other_bundle", ROOT / "docs"), "is no bundle's folder"),
     "no list": (("fine", "fine", "--datalist", "none.json"), "The data list none.json can't be read"),
     "no section": (("fine", "fine", "--section", "test"), 'has no entries under "test"'),

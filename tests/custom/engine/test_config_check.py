@@ -105,7 +105,7 @@ def test_arguments_of_our_classes_are_those_of_their_bases_too():
             [1.5, [1.5, 2], [1, 1, -2], [0, 1, 1], [0.01] * 3, ["1", 1, 1], [float("nan")] * 3],
         ),
         ("max_epochs", [1, "$@max_iterations // 3"], [0, -1, 1.5, "ten", True]),
-        ("feature_size", [12, 48], [13, 0, 24.0]),
+        ("feature_size", [12, 13], [0, 24.0]),
         ("num_workers", [0, 2], [-1, 0.5]),
         ("seed", [0, 2**32 - 1], [-1, 2**32, 0.5]),
         ("learning_rate", [0, 1e-4], [-1, "1e-4x", float("nan")]),
@@ -121,6 +121,19 @@ def test_values_that_make_no_sense(name, right, wrong):
     for value in wrong:
         with pytest.raises(BadInput, match=f"`{name}` is .*, and should be "):
             check_values({name: value})
+
+
+def test_the_width_of_a_swin_unetr_is_a_multiple_of_12():
+    for network in ({"_target_": "SwinUNETR"}, {"network": {"_target_": "custom.published.PublishedSwinUNETR"}}):
+        check_values({"feature_size": 24, "network_def": network})
+        with pytest.raises(BadInput, match="`feature_size` is 32, and should be a multiple of 12 for a Swin UNETR."):
+            check_values({"feature_size": 32, "network_def": network})
+
+
+def test_a_package_that_is_not_installed_is_named_with_its_command():
+    network = {"_target_": "no_such_package.networks.UNet"}
+    with pytest.raises(BadInput, match="pip install --no-deps no_such_package."):
+        check_ids({"network_def": network}, {"network_def"})
 
 
 def test_a_bundle_with_other_modules_than_those_of_the_process_is_refused(tmp_path):
