@@ -111,7 +111,7 @@ def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
 
     def case(centres):
         one, two = (measure.Structure(np.array([500]), np.array(c), np.arange(100.0)) for c in centres)
-        return measure.Case(np.ones(3), np.full(3, 90.0), False, {1: one, 2: two}, 0)
+        return measure.Case(np.ones(3), np.full(3, 90.0), np.full(3, 90.0), False, {1: one, 2: two}, 0)
 
     labels = ["background", "one", "two"]
     beside, behind = [(20.0, 40, 40), (70.0, 45, 38)], [(40.0, 20, 40), (45.0, 70, 38)]
@@ -124,6 +124,24 @@ def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
     assert config["flip_axes"] == [1, 2] and "a flip along x would swap left eye and right eye" in plan
     ensemble = read_json(tmp_path / "out/configs/ensemble.json")
     assert ensemble["inferer"]["transform"]["spatial_axis"] == [1, 2]
+
+
+def test_rare_classes_weigh_more(tmp_path):
+    """In scans of voxels of 8 mm3: 90 of 1000 voxels of a box are of one class, 10 of the other."""
+
+    def case(*sizes):
+        classes = {id: measure.Structure(np.array([n]), np.zeros(3), np.ones(1)) for id, n in enumerate(sizes, 1) if n}
+        return measure.Case(np.full(3, 2.0), np.full(3, 90.0), np.full(3, 20.0), False, classes, 0)
+
+    task = decide.Task(
+        tmp_path, [case(90, 10), case(90, 0), case(90, 0), case()], [], ["b", "one", "two"], "ct", 1, None
+    )
+    assert task.shares(np.array([10, 10, 10])) == {1: 0.09, 2: 0.01}  # of the box
+    assert task.shares(np.array([10, 40, 400]))[1] == 90 * 8 / (10 * 40 * 90)  # of the crop, which ends with the scan
+    plan = decide.Plan({})
+    decide.decide_weights(plan, task, np.ones(3))
+    assert plan.ids["loss#weight"] == [0.11, 0.33, 1.0]  # roots of 1/90, 1/9 and 1
+    assert "90% of which is background" in plan.lines[0]
 
 
 def test_names_are_those_of_the_list():
