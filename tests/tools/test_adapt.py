@@ -16,7 +16,9 @@ from tools.adapt import decide, measure
 from tools.adapt.__main__ import main
 
 
-def write_cases(folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(1,), ct=False, lacking=(), **more):
+def write_cases(
+    folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(1,), ct=False, lacking=(), dtype=np.uint8, **more
+):
     """Write cases with a cube for each id, in a row along y; the last validates. Return the data list."""
     random, entries = np.random.default_rng(0), []
     for number in range(count):
@@ -29,7 +31,7 @@ def write_cases(folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(
                 image[box] += 30 * (place + 1)
                 label[box] = id
         entry = {}
-        for name, array in (("image", image.astype(np.int16)), ("label", label)):
+        for name, array in (("image", image.astype(np.int16)), ("label", label.astype(dtype))):
             entry[name] = f"{name}_{number}.nii.gz"
             nibabel.Nifti1Image(array, np.diag([*spacing_mm, 1])).to_filename(folder / entry[name])
         entries.append(entry)
@@ -71,6 +73,7 @@ ODD = {
     "three slices of 8 mm": {"shape": (40, 40, 3), "spacing_mm": (0.5, 0.5, 8)},
     "an empty label map": {"lacking": [(0, 1)]},
     "ids with a gap": {"ids": (1, 3)},
+    "a float label map of few voxels": {"shape": (14, 9, 8), "dtype": np.float32},
     "CT without a modality": {"ct": True},
     "two classes, one in a single case": {"ids": (1, 2), "lacking": [(1, 2), (2, 2)]},
 }
@@ -144,6 +147,11 @@ def test_rare_classes_weigh_more(tmp_path):
     assert "90% of which is background" in plan.lines[0]
 
 
+def test_specks_are_no_components():
+    assert decide.middle(np.array([1, 1, 1, 900, 1])) == 900
+    assert decide.middle(np.array([5, 4, 6])) == 5
+
+
 def test_names_are_those_of_the_list():
     assert measure.names_of({"labels": {"0": "background", "1": "liver"}}, {1}) == ["background", "liver"]
     assert measure.names_of({"labels": {"background": 0, "liver": 2}}, {2, 1}) == ["background", "class 1", "liver"]
@@ -167,6 +175,7 @@ def test_a_scan_is_made_coarser_but_small_components_stay():
 @pytest.mark.parametrize(
     "more, arguments, said",
     [
+        ({"shape": (20, 18, 1)}, [], "1 channels of 20x18x1; a 3D network needs several slices"),
         ({"ids": (1, 9)}, [], "have the ids 1, 9, and a network has a channel"),
         ({"lacking": [(0, 1), (1, 1), (2, 1)]}, [], "No label map to train on in"),
         ({}, ["--labels", "['background']"], "has 1 names with the background, but the ids go up to 1"),

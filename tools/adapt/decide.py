@@ -81,6 +81,12 @@ class Task(NamedTuple):
         return {id: np.concatenate(values) for id, values in sorted(found.items())}
 
 
+def middle(components: np.ndarray) -> float:
+    """Return the size of the component that the middle voxel of a class is in, of the sizes: specks do not count."""
+    sizes = np.sort(components)
+    return float(sizes[np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)])
+
+
 class Budget(NamedTuple):
     """What a training may take, and what a voxel of its crops takes in a step."""
 
@@ -286,7 +292,7 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     x_first = 0 not in plan.ids["flip_axes"]
     growing = list(patches(extent_mm / spacing_mm, x_first))
     most = max(math.prod(patch) for patch in growing if budget.allows(patch) or patch == growing[0])
-    components = task.sizes_mm3(np.median)
+    components = task.sizes_mm3(middle)
     pixdim_mm = coarsened(spacing_mm, extent_mm, PATCHES_PER_SCAN * most, min(components.values()))
     why = f"the scans' median is {_mm(spacing_mm)}, at which a large one has {_by(extent_mm / spacing_mm)} voxels"
     if (pixdim_mm > spacing_mm).any():
