@@ -177,7 +177,8 @@ def test_a_scan_is_made_coarser_but_small_components_stay():
     [
         ({"shape": (20, 18, 1)}, [], "1 channels of 20x18x1; a 3D network needs several slices"),
         ({"ids": (1, 9)}, [], "have the ids 1, 9, and a network has a channel"),
-        ({"lacking": [(0, 1), (1, 1), (2, 1)]}, [], "No label map to train on in"),
+        ({"lacking": [(0, 1), (1, 1)]}, [], "No label map to train on in"),
+        ({"lacking": [(2, 1)]}, [], "No label map to validate on in"),
         ({}, ["--labels", "['background']"], "has 1 names with the background, but the ids go up to 1"),
         ({}, ["--learning_rat", "1"], "no id `learning_rat`; did you mean `learning_rate`?"),
         ({"modality": {"0": "CT", "1": "T1"}}, [], "has CT and t1; make a list of each"),
