@@ -62,7 +62,7 @@ class LoadScand(LoadImaged):
             if image.shape[0] != self.channels or image.ndim != 4 or min(image.shape[1:]) < 2:
                 expected = "3D volume" if self.channels == 1 else f"3D volume of {self.channels} channels"
                 remedy = "split it into 3D volumes, or give the segmentation bundles --in_channels"
-                if image.shape[0] == self.channels and image.ndim == 4:
+                if image.shape[0] == self.channels and image.ndim <= 4:
                     remedy = "a 3D network needs several slices, so take it out of the data list"
                 raise BadInput(f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; {remedy}.")
             if not torch.isfinite(image).all():
