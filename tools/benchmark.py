@@ -13,6 +13,9 @@ A task is a JSON file: "datalist" (made by tools.datalist with --labels and --fo
 "counts" (of labelled cases) and "seeds". A "datalist" in "pretraining" names further scans, and "configs" in either the
 bundle's overlays, such as ["resenc"]. Paths start at the file.
 Without validation folds the learning curves are those of the training cases.
+
+The method nnU-Net is a rival: nnU-Net v2, by tools.nnunet, with the same cases, for as much CPU time (on a GPU: time)
+as the fine-tuning from scratch took. --nnunet names the Python of its environment, see tests/integration/nnunet.txt.
 """
 
 from __future__ import annotations
@@ -55,7 +58,9 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "DAE": {},
     "DAE, no contrastive loss": {"contrastive_weight": 0},
     "DAE, no full-resolution skip": {"full_resolution_skip": False},
+    "nnU-Net": None,
 }
+RIVAL = "nnU-Net"
 OURS, RIVALS = "DAE", ("scratch", "token masking")  # of the paired tests
 VALIDATIONS = 4  # in a fine-tuning, at the most: the points of its learning curve
 # Of the checkpoints that are validated the last is kept, so that all methods train equally long and no case chooses.
@@ -208,6 +213,28 @@ def evaluation(task: dict, run: Run, section: str, out: Path) -> tuple[Path, lis
     )
 
 
+def rival(task: dict, run: Run, section: str, out: Path, python: Path) -> tuple[Path, list[str]]:
+    """Return folder and command of nnU-Net, which trains as long as the fine-tuning from scratch of `run` has taken.
+
+    Raises:
+        BadInput: where that is not known.
+    """
+    part, folder = task["finetuning"], run.folder(out)
+    record = run._replace(method="scratch").folder(out) / RECORD
+    seconds = read_json(record).get("seconds" if torch.cuda.is_available() else "cpu_seconds")
+    if seconds is None:
+        raise BadInput(f"{record} does not say how much CPU time it took; give another OUT.")
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLES / part["bundle"] / "configs/train.json"))
+    parser.update(part["overrides"])
+    fraction = run.labelled / len(part["datalist"]["training"])
+    arguments = {"modality": parser["modality"], "section": section, "fraction": fraction, "seed": run.seed}
+    options = [str(word) for name, value in arguments.items() for word in (f"--{name}", value)]
+    command = [str(python.absolute()), "-W", "ignore", str(ROOT / "tools"), "nnunet"]
+    command += [str(out / "finetuning.json"), str(folder)]
+    return folder, [*command, *options, "--seconds", f"{seconds:.0f}", "--labels", *parser["labels"]]
+
+
 def seconds_of(folder: Path, arguments: list[str]) -> float | None:
     """Return the seconds that a finished command took, None for one that has not finished.
 
@@ -238,10 +265,14 @@ def finish(folder: Path, arguments: list[str], threads: int) -> None:
         # Held by the run too: one that outlives a killed benchmark is waited for, not met in its folder.
         fcntl.flock(stream, fcntl.LOCK_EX)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run([sys.executable, *arguments], stdout=stream, stderr=stream, env=environment)
-    if done.returncode:
+        command = arguments if os.path.isabs(arguments[0]) else [sys.executable, *arguments]
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)  # with what its own processes took
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
         raise BadInput(f"A run has failed, see {log}: {''.join(log.read_text().strip().splitlines()[-1:])}")
-    write_json(record, {"command": arguments, "seconds": time.monotonic() - started})
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    write_json(record, {"command": arguments, "seconds": time.monotonic() - started, "cpu_seconds": cpu_seconds})
     for state in folder.glob("checkpoint_*.pt"):  # nothing goes on from them, and they are most of the folder
         state.unlink()
 
@@ -270,7 +301,8 @@ def results(task: dict, runs: Sequence[Run], section: str, out: Path) -> Iterato
         folder = run.folder(out)
         with (evaluation(task, run, section, out)[0] / "evaluation/val_mean_dice_raw.csv").open() as file:
             dice = {row["filename"]: float(row["mean"]) for row in csv.DictReader(file)}
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        log = folder / "metrics.jsonl"  # nnU-Net has none
+        lines = map(json.loads, log.read_text().splitlines() if log.is_file() else [])
         curve = {line["iteration"]: line["val_mean_dice"] for line in lines if "val_mean_dice" in line}
         yield Result(run, dice, curve, read_json(folder / RECORD)["seconds"])
 
@@ -377,6 +409,8 @@ def benchmark(options: argparse.Namespace) -> None:
     task, out = read_task(options.task), options.out.resolve()
     if options.section == "validation" and not task["validation_folds"]:
         raise BadInput(f"{options.task} has no validation folds, so that it has cases for --section testing alone.")
+    if RIVAL in options.methods and not (options.nnunet and "scratch" in options.methods):
+        raise BadInput(f"{RIVAL} needs --nnunet PYTHON, and scratch among the --methods, whose time it gets.")
     counts, seeds = options.counts or task["counts"], options.seeds or task["seeds"]
     runs = [Run(method, count, seed) for count in counts for seed in seeds for method in options.methods]
     out.mkdir(parents=True, exist_ok=True)
@@ -387,7 +421,11 @@ def benchmark(options: argparse.Namespace) -> None:
         file.write_text(text)
     stages = {
         "pretraining": [[pretraining(task, m, out)] for m in options.methods if METHODS[m] is not None],
-        "finetuning": [[finetuning(task, run, out), evaluation(task, run, options.section, out)] for run in runs],
+        "finetuning": [
+            [finetuning(task, run, out), evaluation(task, run, options.section, out)]
+            for run in runs
+            if run.method != RIVAL
+        ],
     }
     left = {part: [job for job in jobs if not all(seconds_of(*each) for each in job)] for part, jobs in stages.items()}
     if any(left.values()):
@@ -404,7 +442,7 @@ def benchmark(options: argparse.Namespace) -> None:
         for folder, arguments in job:
             finish(folder, arguments, threads)
 
-    for part, jobs in left.items():
+    def work_all(part: str, jobs: list) -> None:
         with ThreadPoolExecutor(options.jobs) as pool:
             done = pool.map(work, jobs)
             try:
@@ -412,6 +450,11 @@ def benchmark(options: argparse.Namespace) -> None:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    for part, jobs in left.items():
+        work_all(part, jobs)
+    rivals = [[rival(task, run, options.section, out, options.nnunet)] for run in runs if run.method == RIVAL]
+    work_all(RIVAL, [jobs for jobs in rivals if seconds_of(*jobs[0]) is None])
     print(f"\n{write(list(results(task, runs, options.section, out)), options.section, out)}")
     print(f"Each run, table and pictures: {out}/runs.csv, table.md, dice_over_labels.png, learning_curves.png")
 
@@ -420,8 +463,10 @@ def arguments(add: Callable) -> None:
     add("task", type=Path, metavar="TASK.json", help="what to train on, see below")
     add("out", type=Path, metavar="OUT", help="folder of the runs")
     add("--section", default="validation", choices=("validation", "testing"), help="to evaluate on (%(default)s)")
-    add("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME",
-        help=f"of {list(METHODS)} (all)")  # fmt: skip
+    ours = [method for method in METHODS if method != RIVAL]
+    add("--methods", nargs="+", default=ours, choices=METHODS, metavar="NAME",
+        help=f"of {list(METHODS)} (all but the last)")  # fmt: skip
+    add("--nnunet", type=Path, metavar="PYTHON", help="that has nnU-Net")
     add("--counts", type=int, nargs="+", metavar="N", help="numbers of labelled cases (the task's)")
     add("--seeds", type=int, nargs="+", metavar="N", help="(the task's)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores (%(default)s)")

@@ -63,10 +63,10 @@ class LoadScand(LoadImaged):
             shape = "x".join(map(str, image.shape[1:]))
             if image.shape[0] != self.channels or image.ndim != 4 or min(image.shape[1:]) < 2:
                 expected = "3D volume" if self.channels == 1 else f"3D volume of {self.channels} channels"
-                raise BadInput(
-                    f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; split it into 3D "
-                    f"volumes, or give the segmentation bundles --in_channels."
-                )
+                remedy = "split it into 3D volumes, or give the segmentation bundles --in_channels"
+                if image.shape[0] == self.channels and image.ndim <= 4:
+                    remedy = "a 3D network needs several slices, so take it out of the data list"
+                raise BadInput(f"{path} is not a {expected} but has {image.shape[0]} channels of {shape}; {remedy}.")
             if not torch.isfinite(image).all():
                 raise BadInput(f"{path} holds NaN or infinity; replace those voxels or take it out of the data list.")
             for channel in image.as_tensor().numpy():

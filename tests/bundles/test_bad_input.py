@@ -27,7 +27,7 @@ SCANS = {
     "missing.nii": ("does not exist", "--dataset_dir"),
     "truncated_1.nii.gz": ("can't be read", "tools.datalist"),
     "series.nii": ("not a 3D volume", "split it"),
-    "plane.nii": ("not a 3D volume", "split it"),
+    "plane.nii": ("not a 3D volume", "several slices"),
     "value_0_one.nii.gz": ("NaN", "replace those voxels"),
     "constant.nii": ("same value -1024", "take it out"),
 }

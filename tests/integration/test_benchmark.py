@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 from custom.engine.checkpoint import read_weights
 from custom.errors import BadInput
 from tests.conftest import ROOT, SMALL
+from tests.integration.conftest import python_of
 from tools import benchmark, phantom
 from tools.benchmark import RECORD, Result, Run, p_value, read_task, table
 
@@ -112,6 +114,31 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         assert weights.keys() == first.keys() and all(torch.equal(weights[name], first[name]) for name in first)
 
 
+def test_nn_u_net_is_trained_for_the_time_that_scratch_took_and_measured_alike(task, tmp_path):
+    """By its own Python. The Dice in the table is that of the label maps, computed by hand."""
+    python = python_of("nnunet")
+    content, out = read_task(task), tmp_path / "out"
+    run = Run("nnU-Net", 2, 0)
+    (out / "finetuning.json").parent.mkdir()
+    (out / "finetuning.json").write_text(json.dumps(content["finetuning"]["datalist"]))
+    scratch = run._replace(method="scratch").folder(out)
+    scratch.mkdir(parents=True)
+    (scratch / RECORD).write_text(json.dumps({"command": [], "seconds": 100, "cpu_seconds": 60}))
+    folder, command = benchmark.rival(content, run, "testing", out, python)
+    assert command[0] == str(python) and command[command.index("--seconds") + 1] == "60"
+    benchmark.finish(folder, command, threads=1)
+    cpu_seconds = json.loads((folder / RECORD).read_text())["cpu_seconds"]
+    log = (folder / "log.txt").read_text()
+    assert " iterations in 6" in log and cpu_seconds > 60
+    (result,) = benchmark.results(content, [run], "testing", out)
+    (found,), (case,) = result.dice.values(), content["finetuning"]["datalist"]["testing"]
+    true, predicted = (
+        np.asarray(nibabel.load(file).dataobj) for file in (case["label"], folder / "predicted/0.nii.gz")
+    )
+    pairs = [(true == id, predicted == id) for id in range(1, 8)]
+    assert found == pytest.approx(np.mean([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in pairs if a.any()]))
+
+
 def changed(task, name: str, **values):
     path = task.with_name(name)
     path.write_text(json.dumps({**json.loads(task.read_text()), **values}))
@@ -159,6 +186,8 @@ def test_a_wrong_task_is_refused_in_a_sentence(task, tmp_path, capsys):
     path = changed(task, "wrong.json", validation_folds=[])
     assert benchmark.main([str(path), str(tmp_path / "out")]) == 2
     assert "wrong.json has no validation folds" in capsys.readouterr().err
+    assert benchmark.main([str(task), str(tmp_path / "out"), "--methods", "nnU-Net"]) == 2
+    assert "nnU-Net needs --nnunet PYTHON, and scratch" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -16,7 +16,9 @@ from tools.adapt import decide, measure
 from tools.adapt.__main__ import main
 
 
-def write_cases(folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(1,), ct=False, lacking=(), **more):
+def write_cases(
+    folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(1,), ct=False, lacking=(), dtype=np.uint8, **more
+):
     """Write cases with a cube for each id, in a row along y; the last validates. Return the data list."""
     random, entries = np.random.default_rng(0), []
     for number in range(count):
@@ -29,7 +31,7 @@ def write_cases(folder, count=3, shape=(20, 18, 12), spacing_mm=(1, 1, 1), ids=(
                 image[box] += 30 * (place + 1)
                 label[box] = id
         entry = {}
-        for name, array in (("image", image.astype(np.int16)), ("label", label)):
+        for name, array in (("image", image.astype(np.int16)), ("label", label.astype(dtype))):
             entry[name] = f"{name}_{number}.nii.gz"
             nibabel.Nifti1Image(array, np.diag([*spacing_mm, 1])).to_filename(folder / entry[name])
         entries.append(entry)
@@ -71,6 +73,7 @@ ODD = {
     "three slices of 8 mm": {"shape": (40, 40, 3), "spacing_mm": (0.5, 0.5, 8)},
     "an empty label map": {"lacking": [(0, 1)]},
     "ids with a gap": {"ids": (1, 3)},
+    "a float label map of few voxels": {"shape": (14, 9, 8), "dtype": np.float32},
     "CT without a modality": {"ct": True},
     "two classes, one in a single case": {"ids": (1, 2), "lacking": [(1, 2), (2, 2)]},
 }
@@ -111,7 +114,7 @@ def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
 
     def case(centres):
         one, two = (measure.Structure(np.array([500]), np.array(c), np.arange(100.0)) for c in centres)
-        return measure.Case(np.ones(3), np.full(3, 90.0), False, {1: one, 2: two}, 0)
+        return measure.Case(np.ones(3), np.full(3, 90.0), np.full(3, 90.0), False, {1: one, 2: two}, 0)
 
     labels = ["background", "one", "two"]
     beside, behind = [(20.0, 40, 40), (70.0, 45, 38)], [(40.0, 20, 40), (45.0, 70, 38)]
@@ -124,6 +127,29 @@ def test_classes_that_differ_by_side_are_not_flipped(quick, tmp_path):
     assert config["flip_axes"] == [1, 2] and "a flip along x would swap left eye and right eye" in plan
     ensemble = read_json(tmp_path / "out/configs/ensemble.json")
     assert ensemble["inferer"]["transform"]["spatial_axis"] == [1, 2]
+
+
+def test_rare_classes_weigh_more(tmp_path):
+    """In scans of voxels of 8 mm3: 90 of 1000 voxels of a box are of one class, 10 of the other."""
+
+    def case(*sizes):
+        classes = {id: measure.Structure(np.array([n]), np.zeros(3), np.ones(1)) for id, n in enumerate(sizes, 1) if n}
+        return measure.Case(np.full(3, 2.0), np.full(3, 90.0), np.full(3, 20.0), False, classes, 0)
+
+    task = decide.Task(
+        tmp_path, [case(90, 10), case(90, 0), case(90, 0), case()], [], ["b", "one", "two"], "ct", 1, None
+    )
+    assert task.shares(np.array([10, 10, 10])) == {1: 0.09, 2: 0.01}  # of the box
+    assert task.shares(np.array([10, 40, 400]))[1] == 90 * 8 / (10 * 40 * 90)  # of the crop, which ends with the scan
+    plan = decide.Plan({})
+    decide.decide_weights(plan, task, np.ones(3))
+    assert plan.ids["loss#weight"] == [0.11, 0.33, 1.0]  # roots of 1/90, 1/9 and 1
+    assert "90% of which is background" in plan.lines[0]
+
+
+def test_specks_are_no_components():
+    assert decide.middle(np.array([1, 1, 1, 900, 1])) == 900
+    assert decide.middle(np.array([5, 4, 6])) == 5
 
 
 def test_names_are_those_of_the_list():
@@ -149,8 +175,10 @@ def test_a_scan_is_made_coarser_but_small_components_stay():
 @pytest.mark.parametrize(
     "more, arguments, said",
     [
+        ({"shape": (20, 18, 1)}, [], "1 channels of 20x18x1; a 3D network needs several slices"),
         ({"ids": (1, 9)}, [], "have the ids 1, 9, and a network has a channel"),
-        ({"lacking": [(0, 1), (1, 1), (2, 1)]}, [], "No label map to train on in"),
+        ({"lacking": [(0, 1), (1, 1)]}, [], "No label map to train on in"),
+        ({"lacking": [(2, 1)]}, [], "No label map to validate on in"),
         ({}, ["--labels", "['background']"], "has 1 names with the background, but the ids go up to 1"),
         ({}, ["--learning_rat", "1"], "no id `learning_rat`; did you mean `learning_rate`?"),
         ({"modality": {"0": "CT", "1": "T1"}}, [], "has CT and t1; make a list of each"),

@@ -49,8 +49,9 @@ def load(options: argparse.Namespace) -> Task:
         raise BadInput(f"{options.datalist} has CT and {', '.join(listed - {'ct'})}; make a list of each.")
     modality = options.ids.get("modality") or sorted(listed)[0]
     count = len(items["training"])
-    if not any(case.classes for case in cases[:count]):
-        raise BadInput(f"No label map to train on in {options.datalist} has any class, so there is nothing to learn.")
+    for purpose, part in (("train", cases[:count]), ("validate", cases[count:])):
+        if not any(case.classes for case in part):
+            raise BadInput(f"No label map to {purpose} on in {options.datalist} has any class; add a case that has.")
     labels = names_of(content, {id for case in cases for id in case.classes}, options.ids.get("labels"))
     bundle = ROOT / "bundles" / ("btcv_ct_segmentation" if modality == "ct" else "feta_mri_segmentation")
     return Task(bundle, cases[:count], cases[count:], labels, modality, channels, options)

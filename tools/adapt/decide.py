@@ -33,6 +33,7 @@ FITS = 1.3  # an axis is made coarser by so much at most, for a patch to hold it
 NEAR = 1.5  # ratio of two spacings that count as alike
 ANISOTROPIC = 3  # ratio of spacings
 ONE_COMPONENT = 0.9  # share of a class in its largest component
+LEAST_WEIGHT = 0.02  # of a class in the loss; the largest is 1
 RATE = 0.036  # learning rate times feature size
 OVERLAP = 0.25  # of windows
 START_SECONDS = 20  # from the command to the first scan
@@ -59,6 +60,18 @@ class Task(NamedTuple):
                 found.setdefault(id, []).append(number(structure.components) * case.spacing_mm.prod())
         return {id: float(np.median(sizes)) for id, sizes in sorted(found.items())}
 
+    def shares(self, crop_mm: np.ndarray) -> dict[int, float]:
+        """Return about which share of a crop (3,) near it each class is: the median of the cases that have it.
+
+        It is that of the box around all classes, or of the crop where that is larger.
+        """
+        found: dict[int, list[float]] = {}
+        for case in self.cases:
+            box_mm3 = max(case.labelled_mm.prod(), np.minimum(crop_mm, case.extent_mm).prod())
+            for id, structure in case.classes.items():
+                found.setdefault(id, []).append(structure.components.sum() * case.spacing_mm.prod() / box_mm3)
+        return {id: float(np.median(shares)) for id, shares in sorted(found.items())}
+
     def values(self) -> dict[int, np.ndarray]:
         """Return values of each class that is there."""
         found: dict[int, list[np.ndarray]] = {}
@@ -66,6 +79,12 @@ class Task(NamedTuple):
             for id, structure in case.classes.items():
                 found.setdefault(id, []).append(structure.values)
         return {id: np.concatenate(values) for id, values in sorted(found.items())}
+
+
+def middle(components: np.ndarray) -> float:
+    """Return the size of the component that the middle voxel of a class is in, of the sizes: specks do not count."""
+    sizes = np.sort(components)
+    return float(sizes[np.searchsorted(np.cumsum(sizes), sizes.sum() / 2)])
 
 
 class Budget(NamedTuple):
@@ -273,7 +292,7 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     x_first = 0 not in plan.ids["flip_axes"]
     growing = list(patches(extent_mm / spacing_mm, x_first))
     most = max(math.prod(patch) for patch in growing if budget.allows(patch) or patch == growing[0])
-    components = task.sizes_mm3(np.median)
+    components = task.sizes_mm3(middle)
     pixdim_mm = coarsened(spacing_mm, extent_mm, PATCHES_PER_SCAN * most, min(components.values()))
     why = f"the scans' median is {_mm(spacing_mm)}, at which a large one has {_by(extent_mm / spacing_mm)} voxels"
     if (pixdim_mm > spacing_mm).any():
@@ -300,7 +319,19 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     share = components[smallest] / np.prod(spacing) / math.prod(patch)
     why = f"the smallest class, {task.labels[smallest]}, has components of {share:.2%} of a patch"
     plan.tell("crops", f"each class is the middle of 1 in {len(task.labels)}", why)
+    decide_weights(plan, task, np.multiply(spacing, patch))
     return extent
+
+
+def decide_weights(plan: Plan, task: Task, crop_mm: np.ndarray) -> None:
+    """Decide the weight of each class in the loss: the inverse root of its share of a crop, the largest is 1."""
+    shares = task.shares(crop_mm)
+    shares[0] = max(1 - sum(shares.values()), min(shares.values()))
+    weights = [1.0] * len(task.labels)
+    for id, share in shares.items():
+        weights[id] = float(f"{max(LEAST_WEIGHT, math.sqrt(min(shares.values()) / share)):.2g}")
+    why = f"the inverse root of a class's share of a crop, {shares[0]:.0%} of which is background"
+    plan.set("loss#weight", weights, why)
 
 
 def decide_length(plan: Plan, task: Task, budget: Budget, extent: np.ndarray) -> None:

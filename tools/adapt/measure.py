@@ -28,10 +28,11 @@ class Structure(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A case, turned to RAS: spacing and extent (3,) of what is not background, in mm, and its classes by id."""
+    """A case, turned to RAS: spacing (3,), extents (3,) of what is not air and of what is labelled, classes by id."""
 
     spacing_mm: np.ndarray
     extent_mm: np.ndarray
+    labelled_mm: np.ndarray
     in_hu: bool
     classes: dict[int, Structure]
     seconds: float
@@ -50,12 +51,13 @@ def measure(item: dict, channels: int) -> Case:
     seconds, spacing_mm = time.monotonic() - started, data["image"].pixdim.numpy()
     image, label = (data[key].numpy()[0] for key in ("image", "label"))
     in_hu = not Values().add(image).note("ct")
-    body = ndimage.find_objects((image > AIR_HU if in_hu else image != 0).astype(np.int8))
-    if not body:
+    extent_mm, labelled_mm = (
+        spacing_mm * extent(mask) for mask in (image > AIR_HU if in_hu else image != 0, label > 0)
+    )
+    if not extent_mm.any():
         raise BadInput(
             f"{item['image']} has no voxel above {AIR_HU} HU, so that no body is in it; take it out of the list."
         )
-    extent_mm = spacing_mm * [part.stop - part.start for part in body[0]]
     classes = {}
     for id, box in enumerate(ndimage.find_objects(label), 1):
         if box is not None:
@@ -63,7 +65,13 @@ def measure(item: dict, channels: int) -> Case:
             sizes = np.bincount(ndimage.label(inside)[0].ravel())[1:]
             centre_mm = spacing_mm * (np.argwhere(inside).mean(0) + [part.start for part in box])
             classes[id] = Structure(sizes, centre_mm, image[box][inside][:: max(1, sizes.sum() // SAMPLED)])
-    return Case(spacing_mm, extent_mm, in_hu, classes, seconds)
+    return Case(spacing_mm, extent_mm, labelled_mm, in_hu, classes, seconds)
+
+
+def extent(mask: np.ndarray) -> np.ndarray:
+    """Return the size (3,), in voxels, of the box around what is true in a mask of three axes; 0 where nothing is."""
+    boxes = ndimage.find_objects(mask.astype(np.int8))
+    return np.array([part.stop - part.start for part in boxes[0]]) if boxes else np.zeros(3)
 
 
 def channels_of(item: dict) -> int:

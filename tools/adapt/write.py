@@ -9,7 +9,7 @@ from custom.engine.run_bundle import apply, copy_bundle
 from custom.files import read_json, write_json, write_text
 from custom.text import markdown_table
 from tools._cli import ROOT
-from tools.adapt.decide import Plan, Task, recipe
+from tools.adapt.decide import Plan, Task, middle, recipe
 
 README = """# {name}
 
@@ -69,19 +69,20 @@ def write(task: Task, plan: Plan, out: Path) -> None:
 
 def plan_text(task: Task, plan: Plan, name: str) -> str:
     """Return the plan: what was measured, decided and noted."""
-    total, component = task.sizes_mm3(np.sum), task.sizes_mm3(np.median)
+    total, component = task.sizes_mm3(np.sum), task.sizes_mm3(middle)
     rows = [["id", "class", "cases", "ml", "components", "ml of a component", "values"]]
     for id, values in task.values().items():
         counts = [len(case.classes[id].components) for case in task.cases if id in case.classes]
         sizes = [f"{total[id] / 1e3:.3g}", f"{np.median(counts):.0f}", f"{component[id] / 1e3:.3g}"]
-        low, middle, high = np.quantile(values, [0.1, 0.5, 0.9])
-        rows.append([str(id), task.labels[id], str(len(counts)), *sizes, f"{low:.4g}, {middle:.4g}, {high:.4g}"])
+        low, median, high = np.quantile(values, [0.1, 0.5, 0.9])
+        rows.append([str(id), task.labels[id], str(len(counts)), *sizes, f"{low:.4g}, {median:.4g}, {high:.4g}"])
     lines = "\n".join(plan.lines)
     notes = "".join(f"- {note}\n" for note in plan.notes) or "- Nothing.\n"
     return f"""# Plan of {name}
 
 Measured on {len(task.cases)} cases to train on; {len(task.held_out)} more validate. The numbers are medians of the
-cases. The values are the 10th, 50th and 90th percentile of the labelled voxels.
+cases. The component is the one that a class's middle voxel is in. The values are the 10th, 50th and 90th percentile of
+the labelled voxels.
 
 {markdown_table(rows)}
 
