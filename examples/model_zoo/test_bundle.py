@@ -15,7 +15,7 @@ import numpy as np
 from monai.bundle import ConfigWorkflow
 
 BUNDLE = Path("models", Path(__file__).stem.removeprefix("test_")).resolve()
-SMALL = {"feature_size": 12, "patch_size": [32, 32, 32], "overlap": 0, "num_workers": 0}
+SMALL = {"feature_size": 12, "patch_size": [64, 32, 32], "overlap": 0, "num_workers": 0}
 QUICK = {"max_epochs": 1, "val_interval": 1, "val_pictures": 0}
 
 

@@ -295,6 +295,10 @@ def test_the_model_card_has_what_the_hub_reads_and_its_pictures(released, run_di
     assert read_json(folder / "configs/metadata.json")["eval_metrics"]["mean_dice"] == best["val_mean_dice"]
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     assert "docs/segmentation.png" in links and all((folder / link).is_file() for link in links)
+    # The Hub's client leaves its cache in the folder that it downloads into.
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    (folder / ".cache/huggingface/CACHEDIR.TAG").write_text("")
+    verify.check_sums(folder)
     plain = model_card.metadata_of(PRETRAINING)
     assert plain["pipeline_tag"] == "image-feature-extraction" and "model-index" not in plain
 
