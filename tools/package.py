@@ -2,9 +2,9 @@
 
     python -m tools.package [BUNDLE ...] [--output DIR]
 
-A package is the bundle's folder with `custom/` in it, a small test for tools.verify, and SHA-256 sums. The same bundle
-always gives the same bytes. The folder of a training (its --output_dir) is a bundle too: its package has the weights,
-also as TorchScript, and docs/training.json says where they come from.
+A package is the bundle's folder with `custom/` in it, a model card, a small test for tools.verify, and SHA-256 sums.
+The same bundle always gives the same bytes. The folder of a training (its --output_dir) is a bundle too: its package
+has the weights, also as TorchScript, and docs/training.json says where they come from.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from custom.engine.run_bundle import PLACE, copy_bundle
 from custom.engine.run_record import RECORD, bundle_name, holds_path, portable
 from custom.errors import BadInput
 from custom.files import read_json, replacing, write_json
-from tools import phantom
+from tools import model_card, phantom
 from tools._cli import ROOT, bundles, tool
 from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, quiet, sample_networks
 
@@ -85,7 +85,12 @@ def add_weights(run: Path, folder: Path) -> None:
     """
     record = read_json(run / RECORD, list)[-1]
     forget_place(folder, record)
-    write_json(folder / "docs/training.json", {**portable(record), "metrics": metrics(run, folder)})
+    measured = metrics(run, folder)
+    write_json(folder / "docs/training.json", {**portable(record), "metrics": measured})
+    validated = {name.removeprefix("val_"): value for name, value in (measured["best"] or {}).items() if "val_" in name}
+    metadata = read_json(folder / "configs/metadata.json")
+    metadata["eval_metrics"] = {name: value for name, value in validated.items() if value is not None}
+    write_json(folder / "configs/metadata.json", metadata)
     models = folder / "models"
     models.mkdir()
     shutil.copyfile(run / "models/model.pt", models / "model.pt")
@@ -182,6 +187,7 @@ def build(bundle: Path, output: Path, weights_url: str | None = None) -> Path:
         with modules_of(folder):
             if trained:
                 add_weights(bundle, folder)
+            model_card.write_card(folder)
             add_sample(folder)
         if weights_url is not None:
             move_out(folder, prefix, output, weights_url)

@@ -54,9 +54,10 @@ SUMS = "SHA256SUMS"
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """Return all files of a folder by their names in it, without Python's caches."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-    return {name: path for name, path in found.items() if "__pycache__" not in path.parts}
+    """Return all files of a folder by their names in it, without the caches of Python and of the Hugging Face Hub."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    caches = {"__pycache__", ".cache"}
+    return {name.as_posix(): path for name, path in found.items() if not caches & set(name.parts)}
 
 
 def digest(path: Path, kind: str = "sha256") -> str:

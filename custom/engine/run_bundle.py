@@ -15,7 +15,16 @@ from monai.bundle.reference_resolver import ReferenceResolver
 import custom
 from custom.engine.checkpoint import weights_file
 from custom.engine.config_check import check_ids, declared_ids, federated_client, running_workflow, walk
-from custom.engine.run_record import RECORD, digest, digest_of_scans, leaves, overrides, record_of, without_tracking
+from custom.engine.run_record import (
+    RECORD,
+    TRACKING,
+    digest,
+    digest_of_scans,
+    leaves,
+    overrides,
+    record_of,
+    without_tracking,
+)
 from custom.errors import BadInput
 from custom.files import read_json, write_json
 
@@ -177,6 +186,11 @@ class RunBundle:
 
     def check_site(self, workflow: ConfigWorkflow) -> None:
         """Check what a federation's client has not, which runs none of the config's own steps."""
+        if any(id in workflow.parser.config for id in TRACKING[:2]):
+            raise BadInput(
+                "A site of a federation keeps no run of `tracking`, since each round would end it; leave `tracking` "
+                "out and see the site's report.html, or track at the server."
+            )
         check_ids(without_tracking(workflow.parser.config), declared_ids(workflow.config_root_path))
         if "pretrained" in self.sources:
             raise BadInput(

@@ -1,6 +1,7 @@
 """DICOM in: one series of the right kind, as a volume that lies where the scan lies."""
 
 import io
+import json
 import logging
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from monai.deploy.operators import (
 )
 
 from custom.errors import BadInput
+
+RULES = Path(__file__).with_name("rules.json")
 
 
 def readable(file: str) -> str | io.BytesIO:
@@ -64,7 +67,9 @@ class Loader(DICOMDataLoaderOperator):
 
 
 class Selector(DICOMSeriesSelectorOperator):
-    """Selects the series to segment: of a study's CT or MR series, the one with the most images.
+    """Selects the series to segment: of a study's CT or MR series that fit the rules, the one with the most images.
+
+    `rules.json`, beside this file, has the SDK's selections. A series that fits an earlier one goes before others.
 
     Args:
         fragment: the application.
@@ -83,13 +88,19 @@ class Selector(DICOMSeriesSelectorOperator):
         Raises:
             BadInput: for no series of the kind, and for several studies that have some.
         """
-        rules = {"selections": [{"name": "scan", "conditions": {"SOPClassUID": f"^{self.kind}$"}}]}
+        selections = json.loads(RULES.read_text())["selections"]
+        kind = {"SOPClassUID": f"^{self.kind}$"}
+        rules = {"selections": [{**one, "conditions": {**kind, **one["conditions"]}} for one in selections]}
         selected = super().filter(rules, studies, True, True)
         if len(selected) > 1:
             raise BadInput(f"{self.folder} has {self.kind.name} of {len(selected)} studies; name a folder with one.")
         if not selected:
             series = [one.get_sop_instances()[0] for study in studies for one in study.get_all_series()]
             kinds = sorted({one.get_native_sop_instance().SOPClassUID.name for one in series})
+            if self.kind.name in kinds:
+                raise BadInput(
+                    f"{self.folder} has {self.kind.name}, but no series that fits {RULES}; change the rules."
+                )
             found = f"{' and '.join(kinds)} only" if kinds else "no DICOM files"
             raise BadInput(f"{self.folder} has {found}, the bundle takes {self.kind.name}; name another with --input.")
         return selected

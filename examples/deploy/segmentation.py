@@ -8,12 +8,11 @@ from dicom import Loader, Selector, Volume
 from holoscan.conditions import CountCondition
 from monai.deploy.core import AppContext, Application, IOType
 from monai.deploy.core.domain.image import Image
-from monai.deploy.operators import DICOMSegmentationWriterOperator, ModelInfo
-from monai.deploy.operators.dicom_seg_writer_operator import SegmentDescription
+from monai.deploy.operators import ModelInfo
 from monai.deploy.operators.monai_bundle_inference_operator import IOMapping, MonaiBundleInferenceOperator
 from nifti import NiftiReader, NiftiWriter, find_nifti
-from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
+from results import Segment, Writer
 
 from custom.errors import BadInput
 
@@ -64,9 +63,9 @@ class Segmentation(Application):
         load = Loader(self, once, input_folder=source, must_load=False, name="load")
         select = Selector(self, folder=source, modality=modality, name="select")
         volume = Volume(self, name="volume")
-        write = DICOMSegmentationWriterOperator(
+        write = Writer(
             self,
-            segment_descriptions=self.segments(),
+            segments=self.segments(),
             model_info=self.model_info(),
             custom_tags={"SeriesDescription": self.about["name"]},
             output_folder=output,
@@ -78,21 +77,10 @@ class Segmentation(Application):
         self.add_flow(volume, infer, {("image", "image")})
         self.add_flow(infer, write, {("pred", "seg_image")})
 
-    def segments(self) -> list[SegmentDescription]:
+    def segments(self) -> list[Segment]:
         """Describe the segments by the names of their classes; background is none."""
         names = self.about["network_data_format"]["outputs"]["pred"]["channel_def"]
-        structure = codes.SCT.AnatomicalStructure
-        return [
-            SegmentDescription(
-                segment_label=names[str(number)],
-                segmented_property_category=structure,
-                # A term of SNOMED, where it is one by just this name.
-                segmented_property_type=getattr(codes.SCT, names[str(number)].title().replace(" ", ""), structure),
-                algorithm_name=self.about["name"],
-                algorithm_version=self.about["version"],
-            )
-            for number in range(1, len(names))
-        ]
+        return [Segment(names[str(n)], self.about["name"], self.about["version"]) for n in range(1, len(names))]
 
     def model_info(self) -> ModelInfo:
         """Say what has segmented; other weights have another UID, as the IHE profile AI Results asks for."""

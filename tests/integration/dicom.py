@@ -3,8 +3,11 @@
 python dicom.py draw FOLDER MODALITY     a series of unequal pixel spacing, turned, with structures in it
 python dicom.py nifti FOLDER FILE        a series as NIfTI, by SimpleITK, not by the application's own reading
 python dicom.py read SEG NIFTI OUT       a SEG as highdicom reads it, put together in the grid of a NIfTI file
+python dicom.py results FOLDER OUT       the codes of a SEG's segments, and the volumes of the SR beside it, as JSON
+python dicom.py study FOLDER             three series of a study: a localizer, thick images, and fewer thin ones
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +39,7 @@ def draw(folder: Path, modality: str) -> None:
         image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
         image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
+        image.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
         image.Modality, image.SeriesNumber, image.InstanceNumber = modality, None, number + 1
         image.PatientID = image.PatientName = "phantom"
         for empty in ("PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime", "AccessionNumber"):
@@ -51,6 +55,54 @@ def draw(folder: Path, modality: str) -> None:
         image.RescaleIntercept, image.RescaleSlope = -1024, 1
         image.PixelData = scan[number].clip(0).astype(np.uint16).tobytes()
         image.save_as(folder / f"{name}.dcm", enforce_file_format=True)
+
+
+def study(folder: Path) -> None:
+    """Make three series of one study out of one: all are CT, and the localizer has the most images."""
+    draw(folder / "localizer", "CT")
+    kinds = {
+        "localizer": ("LOCALIZER", 5.0, "B70f", 12),
+        "thick": ("AXIAL", 5.0, "B70f", 10),
+        "thin": ("AXIAL", 1.0, "B30f", 8),
+    }
+    files = sorted((folder / "localizer").iterdir(), key=lambda file: pydicom.dcmread(file).InstanceNumber)
+    for name, (kind, thickness_mm, kernel, count) in kinds.items():
+        series = generate_uid()
+        (folder / name).mkdir(exist_ok=True)
+        for file in files[:count]:
+            image = pydicom.dcmread(file)
+            image.SeriesInstanceUID, image.SeriesDescription, image.SliceThickness = series, name, thickness_mm
+            image.ImageType, image.ConvolutionKernel = ["ORIGINAL", "PRIMARY", kind], kernel
+            image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+            image.save_as(folder / name / file.name, enforce_file_format=True)
+
+
+def results(folder: Path, out: Path) -> None:
+    """Write what a SEG and an SR in a folder say, by the names of the segments."""
+    found = {}
+    for file in folder.glob("*"):
+        dataset = pydicom.dcmread(file)
+        if dataset.Modality == "SEG":
+            for segment in dataset.SegmentSequence:
+                (kind,) = segment.SegmentedPropertyTypeCodeSequence
+                sides = kind.get("SegmentedPropertyTypeModifierCodeSequence", [])
+                found.setdefault("codes", {})[segment.SegmentLabel] = [code.CodeValue for code in (kind, *sides)]
+            found["seg"] = dataset.SOPInstanceUID
+            found["series"] = dataset.ReferencedSeriesSequence[0].SeriesInstanceUID
+        else:
+            report = highdicom.sr.srread(file)
+            groups = report.content.get_volumetric_roi_measurement_groups()
+            found["volumes_ml"] = {
+                group.tracking_identifier: float(group.get_measurements()[0].value) for group in groups
+            }
+            found["referenced"] = sorted({group.reference_type.value for group in groups})
+            (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
+            found["evidence"] = [
+                item.ReferencedSOPInstanceUID
+                for one in evidence.ReferencedSeriesSequence
+                for item in one.ReferencedSOPSequence
+            ]
+    out.write_text(json.dumps(found))
 
 
 def nifti(folder: Path, file: Path) -> None:
@@ -87,4 +139,5 @@ if __name__ == "__main__":
     if command == "draw":
         draw(Path(first), *rest)
     else:
-        {"nifti": nifti, "read": read}[command](Path(first), *map(Path, rest))
+        known = {"nifti": nifti, "read": read, "results": results, "study": study}
+        known[command](Path(first), *map(Path, rest))

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import subprocess
+import time
 
 import nibabel
 import numpy as np
@@ -56,7 +58,7 @@ def check_seg(scan, bundle, folder) -> np.ndarray:
     """Segment a series with the application and, as NIfTI, with the bundle; compare, and return the label map."""
     done = application(scan, folder / "seg", bundle)
     assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = (folder / "seg").glob("*.dcm")
+    file, report = sorted((folder / "seg").glob("*.dcm"), key=lambda file: file.stat().st_size, reverse=True)
     dicom("nifti", scan, folder / "scan.nii.gz")
     dicom("read", file, folder / "scan.nii.gz", folder / "seg.npz")
     found = np.load(folder / "seg.npz")
@@ -66,7 +68,18 @@ def check_seg(scan, bundle, folder) -> np.ndarray:
     assert found["names"].tolist() == read_json(bundle / "configs/inference.json")["labels"][1:]
     assert found["model"].tolist()[:3] == [metadata[name] for name in ("authors", "name", "version")]
     assert found["model"][3] and found["series"]
+    said = results(folder / "seg")
+    voxel_ml = np.abs(np.linalg.det(nibabel.load(folder / "scan.nii.gz").affine)) / 1000
+    names = {name: np.count_nonzero(label == number) for number, name in enumerate(found["names"].tolist(), 1)}
+    volumes_ml = {name: count * voxel_ml for name, count in names.items() if count}
+    assert said["volumes_ml"] == pytest.approx(volumes_ml, abs=1e-3, rel=1e-4) and said["seg"] in said["evidence"]
     return label
+
+
+def results(folder) -> dict:
+    """What the SEG and the SR in a folder say."""
+    dicom("results", folder, folder.parent / "results.json")
+    return json.loads((folder.parent / "results.json").read_text())
 
 
 @pytest.mark.parametrize("bundle, modality", [(BTCV, "CT"), (FETA, "MR")])
@@ -75,6 +88,75 @@ def test_a_series_of_unequal_pixel_spacing(bundle, modality, bundles, series, tm
     label = check_seg(series / modality, bundles[bundle.name], tmp_path)
     assert 1 < len(np.unique(label)) <= 14
     assert nibabel.load(tmp_path / "scan.nii.gz").header.get_zooms() == pytest.approx((2.5, 4, 5))
+
+
+# SNOMED: https://dicom.nema.org/medical/dicom/current/output/chtml/part16/sect_CID_7151.html and, for sides, CID 244.
+CODES = {
+    "spleen": ["78961009"],
+    "right kidney": ["64033007", "24028007"],
+    "left adrenal gland": ["23451007", "7771000"],
+    "inferior vena cava": ["64131007"],
+    "portal and splenic veins": ["91723000"],  # no term of its own: an anatomical structure
+}
+
+
+def test_codes_sides_and_the_choice_of_a_series_from_a_server_and_back(bundles, tmp_path):
+    """Three series come by C-STORE, the thick one is segmented, and its results go by C-STORE to another server."""
+    dicom("study", tmp_path / "study")
+    net = [python_of("deploy"), "-m", "pynetdicom"]
+    ports = [free_port(), free_port()]
+    inbox, archive = tmp_path / "inbox", tmp_path / "archive"
+    servers = [
+        subprocess.Popen(
+            [*net, "storescp", str(port), "-od", folder], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+        )
+        for port, folder in zip(ports, (inbox, archive), strict=True)
+    ]
+    try:
+        send([*net, "storescu", "-r", "127.0.0.1", str(ports[0]), tmp_path / "study"])
+        assert len(list(inbox.iterdir())) == 30
+        done = application(inbox, tmp_path / "seg", bundles[BTCV.name])
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "Series Description of selected DICOM Series for inference: thick" in done.stdout + done.stderr
+        send([*net, "storescu", "127.0.0.1", str(ports[1]), "-r", tmp_path / "seg"])
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    said = results(archive)
+    assert {name: said["codes"][name] for name in CODES} == CODES and said["volumes_ml"]
+    assert said["seg"] in said["evidence"] and len(said["evidence"]) == 11
+
+
+def send(command) -> None:
+    """Send files to a server, once it answers."""
+    for _ in range(60):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        time.sleep(1)
+    raise AssertionError(done.stdout + done.stderr)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_rules_that_choose_the_thin_series_of_a_kernel_or_none(bundles, tmp_path):
+    """In MONAI Deploy's own form, in the file beside the application."""
+    dicom("study", tmp_path / "study")
+    shutil.copytree(ROOT / "examples/deploy", tmp_path / "deploy")
+    file = tmp_path / "deploy/rules.json"
+    rules = read_json(file)
+    conditions = {"SliceThickness": [0.5, 2], "ConvolutionKernel": "B30"}
+    for more, said in ((conditions, "for inference: thin"), ({"BodyPartExamined": "head"}, "but no series that fits")):
+        rules["selections"][0]["conditions"] |= more
+        file.write_text(json.dumps(rules))
+        command = [python_of("deploy"), tmp_path / "deploy", "-i", tmp_path / "study", "-o", tmp_path / "seg"]
+        command += ["-m", bundles[BTCV.name]]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+        assert said in done.stdout + done.stderr
 
 
 def test_the_real_ct(bundles, real_data, tmp_path):

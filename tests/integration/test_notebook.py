@@ -3,7 +3,7 @@
 import json
 import subprocess
 
-from tests.conftest import PRETRAINING, ROOT, SMALL
+from tests.conftest import PRETRAINING, ROOT, SEGMENTATION, SMALL
 from tests.integration.conftest import python_of
 
 EXECUTE = """
@@ -61,12 +61,20 @@ print(json.dumps(found))
 """
 
 
-def tracked(folder, *configs, **values) -> subprocess.CompletedProcess:
+def tracked(folder, *configs, bundle=PRETRAINING, **values) -> subprocess.CompletedProcess:
     command = [python_of("notebook"), "-m", "monai.bundle", "run", "--tracking", "mlflow", "--config_file"]
-    command += [str([str(PRETRAINING / f"configs/{name}.json") for name in configs])]
-    values = {**SMALL, "bundle_root": PRETRAINING, "output_dir": folder, "ckpt_dir": folder / "models", **values}
+    command += [str([str(bundle / f"configs/{name}.json") for name in configs])]
+    if configs != ("inference",):
+        values = {**SMALL, "output_dir": folder, "ckpt_dir": folder / "models", **values}
+    values |= {"bundle_root": bundle, "overlap": 0}
     command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
     return subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, timeout=500)
+
+
+def kept(database) -> list[dict]:
+    """The runs in a store."""
+    reader = [python_of("notebook"), "-c", MLFLOW, database]
+    return json.loads(subprocess.run(reader, capture_output=True, text=True, check=True).stdout)
 
 
 def test_mlflow_keeps_settings_metrics_and_pictures_of_runs_that_end(small_list, tmp_path):
@@ -78,8 +86,7 @@ def test_mlflow_keeps_settings_metrics_and_pictures_of_runs_that_end(small_list,
     assert done.returncode == 0, done.stderr
     failed = tracked(folder, "train", **values, learning_rate="1e30", resume=False)
     assert "error: The " in failed.stderr and "is nan" in failed.stderr.lower() or "inf" in failed.stderr
-    reader = [python_of("notebook"), "-c", MLFLOW, folder / "mlruns.db"]
-    trained, evaluated, broken = json.loads(subprocess.run(reader, capture_output=True, text=True, check=True).stdout)
+    trained, evaluated, broken = kept(folder / "mlruns.db")
     assert [trained["status"], evaluated["status"], broken["status"]] == ["FINISHED", "FINISHED", "FAILED"]
     assert trained["name"] == str(folder) and evaluated["name"] == f"{folder} evaluation"
     assert trained["params"]["feature_size"] == "12" and trained["params"]["max_iterations"] == "2"
@@ -91,3 +98,17 @@ def test_mlflow_keeps_settings_metrics_and_pictures_of_runs_that_end(small_list,
     (start,) = json.loads((folder / "run.json").read_text())
     assert not [id for id in start["overrides"] if "handlers" in id or "track" in id or id == "run_name"]
     assert "LFlow" not in (folder / "configs/train.json").read_text()
+
+
+def test_mlflow_keeps_a_segmentation_s_training_and_inference(labelled_lists, tmp_path):
+    run, scan = tmp_path / "run", labelled_lists["ct"].parent / "images/ct_001.nii.gz"
+    values = {"datalist": labelled_lists["ct"], "pixdim_mm": [5, 5, 5], "max_epochs": 1, "val_interval": 1}
+    done = tracked(run, "train", bundle=SEGMENTATION[0], **values)
+    assert done.returncode == 0, done.stderr
+    store = {"tracking_uri": f"sqlite:///{run}/mlruns.db", "run_name": "scan"}
+    done = tracked(None, "inference", bundle=run, dataset_dir=scan, output_dir=tmp_path / "out", **store)
+    assert done.returncode == 0, done.stderr
+    trained, inferred = kept(run / "mlruns.db")
+    assert [trained["status"], inferred["status"]] == ["FINISHED", "FINISHED"]
+    assert trained["steps"]["val_mean_dice"] == [1] and trained["params"]["pixdim_mm"] == "[5, 5, 5]"
+    assert inferred["name"] == "scan evaluation" and {"ct_001.png", "report.html"} <= set(inferred["files"])

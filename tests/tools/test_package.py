@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -14,15 +15,17 @@ from pathlib import Path
 import nibabel
 import pytest
 import torch
-from monai.bundle import download_large_files, load
+import yaml
+from monai.bundle import download_large_files, load, verify_metadata, verify_net_in_out
 from monai.bundle.scripts import _get_git_release_url
 from monai.data import load_net_with_metadata
 from monai.networks.nets import SwinUNETR
+from packaging.requirements import Requirement
 
 from custom.engine.run_bundle import apply
 from custom.files import read_json
 from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
-from tools import package, verify
+from tools import model_card, package, verify
 
 BTCV, FETA = SEGMENTATION
 LABELS = ["background", "csf", "grey", "white", "ventricles", "cerebellum", "deep grey", "brainstem"]
@@ -89,7 +92,7 @@ def test_a_package_has_the_bundle_and_nothing_else(tmp_path):
     source = {name for name in verify.files(BTCV) if not name.startswith("models/")}
     custom = {path.relative_to(ROOT).as_posix() for path in (ROOT / "custom").rglob("*.py")}
     sample = {f"sample/{name}" for name in ("scan.nii.gz", "expected.npy", "sample.json")}
-    assert names == source - {"custom"} | custom | sample | {verify.SUMS}
+    assert names == source - {"custom"} | custom | sample | {verify.SUMS, "README.md"}
 
 
 def test_the_same_bundle_gives_the_same_bytes(plain, tmp_path):
@@ -251,6 +254,53 @@ def test_large_weights_are_fetched_by_monai_and_verified(large, tmp_path):
     (unpacked / "models/model.ts").write_bytes((unpacked / "models/model.pt").read_bytes())
     with pytest.raises(ValueError, match=r"models/model.ts was changed"):
         verify.verify(unpacked)
+
+
+def test_a_package_passes_the_model_zoo_s_checks(large, tmp_path):
+    """Those of https://github.com/Project-MONAI/model-zoo, CONTRIBUTING.md and ci/, written anew and offline."""
+    folder = verify.unpack(large, tmp_path)
+    assert max(path.stat().st_size for path in verify.files(folder).values()) < 25e6
+    download_large_files(str(folder))
+    for name in ("LICENSE", "configs/metadata.json", "configs/inference.json", "models/model.pt"):
+        assert (folder / name).is_file()
+    paths = {"meta_file": f"{folder}/configs/metadata.json", "config_file": f"{folder}/configs/inference.json"}
+    metadata = read_json(paths["meta_file"])
+    assert metadata["version"] in metadata["changelog"]
+    for name, version in {"monai": metadata["monai_version"], **metadata["required_packages_version"]}.items():
+        assert Requirement(f"{name}=={version}")
+    # With the schema in place nothing is downloaded.
+    verify_metadata(meta_file=paths["meta_file"], filepath=str(ROOT / "tools/metadata_schema.json"))
+    verify_net_in_out("network_def", **paths, device="cpu", bundle_root=str(folder))
+    assert torch.jit.load(folder / "models/model.ts")
+    assert "TorchScript is exported by tracing" in (folder / "docs/README.md").read_text()  # scripting fails
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_a_readme_has_the_headings_of_the_model_zoo_s_template(bundle):
+    """https://github.com/Project-MONAI/model-zoo/blob/dev/docs/readme_template.md, in its order."""
+    found = re.findall(r"^#+ (.+)$", (bundle / "docs/README.md").read_text(), re.MULTILINE)[1:]
+    template = ["Authors", "Tags", "Model Description", "Data", "Preprocessing", "Performance", "System Configuration"]
+    template += ["Limitations", "Citation Info", "References"]
+    assert [heading for heading in found if heading in template] == template
+
+
+def test_the_model_card_has_what_the_hub_reads_and_its_pictures(released, run_dir, tmp_path):
+    folder = verify.unpack(released, tmp_path)
+    _, head, text = (folder / "README.md").read_text().split("---\n", 2)
+    card, best = yaml.safe_load(head), max(metrics(run_dir), key=lambda line: line["val_mean_dice"])
+    expected = {"license": "apache-2.0", "library_name": "monai", "pipeline_tag": "image-segmentation"}
+    assert {name: card[name] for name in expected} == expected and {"monai", "mr"} <= set(card["tags"])
+    (result,) = card["model-index"][0]["results"]
+    assert {"type": "mean_dice", "value": best["val_mean_dice"]} in result["metrics"]
+    assert read_json(folder / "configs/metadata.json")["eval_metrics"]["mean_dice"] == best["val_mean_dice"]
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert "docs/segmentation.png" in links and all((folder / link).is_file() for link in links)
+    # The Hub's client leaves its cache in the folder that it downloads into.
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    (folder / ".cache/huggingface/CACHEDIR.TAG").write_text("")
+    verify.check_sums(folder)
+    plain = model_card.metadata_of(PRETRAINING)
+    assert plain["pipeline_tag"] == "image-feature-extraction" and "model-index" not in plain
 
 
 def test_the_asset_s_name_is_what_monai_asks_github_for(released):

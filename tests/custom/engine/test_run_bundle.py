@@ -189,6 +189,13 @@ def test_without_a_workflow_the_config_is_not_known(tmp_path):
     assert start["bundle"] is start["overrides"] is start["datalist_sha256"] is None
 
 
+def test_a_site_of_a_federation_that_tracks_is_refused(tmp_path):
+    config, place = str(BUNDLE / "configs/train.json"), {"output_dir": str(tmp_path), "tracking": "mlflow"}
+    workflow = ConfigWorkflow(config, workflow_type="train", **place)
+    with pytest.raises(BadInput, match="A site of a federation keeps no run of `tracking`"):
+        RunBundle(tmp_path, tmp_path / "models", tmp_path / "list.json", tmp_path, seed=0).check_site(workflow)
+
+
 def test_weights_that_are_carried_off_know_their_training(run, tmp_path):
     run(feature_size=12, pixdim_mm=[2, 2, 2])
     state = torch.nn.Linear(1, 1).state_dict()
