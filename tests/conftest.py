@@ -163,7 +163,8 @@ def segmentation_network(backbone: str = "swin", classes: int = 2, **ids) -> tor
 
 def small_ids(bundle: Path, backbone: str) -> dict:
     """Ids and values that make a bundle's network small."""
-    place = "network_def#network" if bundle == PRETRAINING else "network_def"
+    network = json.loads((bundle / "configs/train.json").read_text())["network_def"]
+    place = "network_def#network" if "network" in network else "network_def"
     ids = {**SMALL, **BACKBONES[backbone][1]}
     return {name if name in SMALL else f"{place}#{name}": value for name, value in ids.items()}
 
