@@ -48,7 +48,7 @@ from custom.text import markdown_table
 from tools._cli import ROOT, tool
 
 BUNDLES = ROOT / "bundles"
-# What a pre-training overrides of the paper's, which is "DAE".
+# What a pre-training overrides of the paper's, which is "DAE"; None is no pre-training.
 METHODS: dict[str, dict[str, Any] | None] = {
     "scratch": None,
     "token masking": {"disruptions": ["token_masking"], "contrastive_weight": 0},
