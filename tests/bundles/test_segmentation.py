@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from monai.networks.nets import SwinUNETR
 from skimage.measure import label as components
 
-from tests.conftest import ROOT, SEGMENTATION, folders, metrics, monai_bundle
+from tests.conftest import ROOT, SEGMENTATION, folders, metrics, monai_bundle, segmentation_network
 from tools import weights as weights_tool
 
 BTCV, FETA = SEGMENTATION
@@ -73,7 +72,7 @@ def weights(run_dir) -> dict[str, torch.Tensor]:
 @each_bundle
 def test_training_leaves_weights_of_a_stock_network_metrics_and_pictures(bundle, trained):
     run_dir = trained(bundle)
-    network = SwinUNETR(in_channels=1, out_channels=len(names_of_classes(bundle)), feature_size=12)
+    network = segmentation_network(classes=len(names_of_classes(bundle)))
     network.load_state_dict(weights(run_dir))
     lines = metrics(run_dir)
     assert [line["epoch"] for line in lines] == [1, 2]

@@ -19,12 +19,22 @@ import yaml
 from monai.bundle import download_large_files, load, verify_metadata, verify_net_in_out
 from monai.bundle.scripts import _get_git_release_url
 from monai.data import load_net_with_metadata
-from monai.networks.nets import SwinUNETR
 from packaging.requirements import Requirement
 
 from custom.engine.run_bundle import apply
 from custom.files import read_json
-from tests.conftest import BUNDLES, PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
+from tests.conftest import (
+    BUNDLES,
+    PRETRAINING,
+    ROOT,
+    SEGMENTATION,
+    SMALL,
+    folders,
+    metrics,
+    monai_bundle,
+    overrides,
+    segmentation_network,
+)
 from tools import model_card, package, verify
 
 BTCV, FETA = SEGMENTATION
@@ -160,14 +170,16 @@ def test_what_the_training_overrode_is_in_the_package(released, run_dir, tmp_pat
     changed = {"labels": LABELS, "pixdim_mm": [4, 4, 4], "patch_size": [64, 32, 32], "feature_size": 12}
     changed["overlap"] = read_json(run_dir / "configs/train.json")["overlap"]
     learnt = {"learning_rate": 0.01, "seed": 5, "max_epochs": 2, "val_interval": 1, "num_workers": 0, "val_pictures": 0}
+    learnt["crops_per_volume"] = 1
     for name, more in {"inference": {}, "train": learnt}.items():
         before, after = (read_json(path / f"configs/{name}.json") for path in (FETA, folder))
-        assert after == before | changed | more  # and no folder of the machine
+        network = {"network_def": {**before["network_def"], "window_size": 4}}
+        assert after == before | changed | network | more  # and no folder of the machine
     data = read_json(folder / "configs/metadata.json")["network_data_format"]
     assert data["inputs"]["image"]["spatial_shape"] == data["outputs"]["pred"]["spatial_shape"] == [64, 32, 32]
     assert list(data["outputs"]["pred"]["channel_def"].values()) == LABELS
     weights = torch.load(folder / "models/model.pt", weights_only=True)
-    SwinUNETR(1, len(LABELS), feature_size=12).load_state_dict(weights)
+    segmentation_network(classes=len(LABELS)).load_state_dict(weights)
 
 
 def test_a_package_says_where_its_weights_come_from(released, run_dir, labelled_lists, tmp_path):
@@ -230,7 +242,7 @@ def test_torchscript_has_the_package_s_patch_size_and_no_need_of_custom(released
     )
     assert metadata["version"] == read_json(folder / "configs/metadata.json")["version"]
     assert json.loads(files["inference.json"]) == read_json(folder / "configs/inference.json")
-    network = SwinUNETR(1, len(LABELS), feature_size=12).eval()
+    network = segmentation_network(classes=len(LABELS)).eval()
     network.load_state_dict(torch.load(folder / "models/model.pt", weights_only=True))
     image = torch.rand(1, 1, *SMALL["patch_size"])
     with torch.no_grad():
