@@ -194,7 +194,8 @@ def test_all_scans_at_once_a_stopped_training_and_a_restart(server, scans, tmp_p
     """After a restart the weights of the last training are served, and the labels are still there."""
     model, (scan, truth) = FETA.name, scans[FETA.name]
     image, weights = scan.name.removesuffix(".nii.gz"), server.app / "model" / model / "models/model.pt"
-    server.post(f"/batch/infer/{model}?images=unlabeled", label_tag="original", save_label=True, max_workers=1)
+    options = {"label_tag": "original", "save_label": True, "max_workers": 1, "multi_gpu": False}
+    server.post(f"/batch/infer/{model}?images=unlabeled", **options)
     assert server.end_of("/batch/infer")["status"] == "DONE"
     server.ask(f"/datastore/label?label={image}&tag=original", "--output", tmp_path / "batch.nii.gz")
     one = server.infer(model, scan, tmp_path / "one.nii.gz")
