@@ -26,7 +26,7 @@ ALONG_ROW, ALONG_COLUMN = (0.8660254, 0.5, 0.0), (-0.5, 0.8660254, 0.0)
 
 def draw(folder: Path, modality: str) -> None:
     """Write the images of a series, shuffled by name, as a scanner sends them."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     random = np.random.RandomState(0)
     study, series, frame = generate_uid(), generate_uid(), generate_uid()
     z, y, x = np.meshgrid(*(np.linspace(-1, 1, size) for size in (IMAGES, ROWS, COLUMNS)), indexing="ij")
