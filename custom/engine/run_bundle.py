@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,10 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     data = metadata["network_data_format"]
     image, pred = data["inputs"]["image"], data["outputs"]["pred"]
     image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
+    network = inference["network_def"]
+    library, _, rest = {**network, **network.get("network", {})}["_target_"].partition(".")
+    if rest and library not in ("custom", "monai", "torch"):
+        metadata["required_packages_version"][library] = version(library)
     if "labels" in inference:
         channels, labels = inference["in_channels"], inference["labels"]
         classes = {str(number): name for number, name in enumerate(labels)}

@@ -108,7 +108,7 @@ def test_segmentation_bundles_differ_in_nothing_but_their_task():
     """So that what is mended in one is not forgotten in the other."""
     own = {"labels", "modality", "intensity", "pixdim_mm"}
     first, *others = SEGMENTATION
-    for name in ("train", "field", "evaluate", "inference", "multi_gpu_train", "ensemble"):
+    for name in ("train", "field", "resenc", "evaluate", "inference", "multi_gpu_train", "ensemble"):
         configs = [ConfigParser.load_config_file(bundle / f"configs/{name}.json") for bundle in (first, *others)]
         for config in configs:
             for transform in config.get("postprocessing", {}).get("transforms", []):

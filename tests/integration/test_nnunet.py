@@ -30,7 +30,7 @@ def nnunet(tmp_path_factory):
         command = [bin / "python", program] if isinstance(program, Path) else [bin / f"nnUNetv2_{program}"]
         environment = {**os.environ, **places, **quick, **more}
         done = subprocess.run(
-            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=580
+            [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1500
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -68,6 +68,7 @@ def pretrained(raw, tmp_path_factory):
     return run / "run" / "models" / "model.pt"
 
 
+@pytest.mark.timeout(1800)
 def test_weights_go_to_nnunet_are_taken_and_come_back(nnunet, raw, pretrained, tmp_path):
     run, folder = nnunet
     run("extract_fingerprint", "-d", 1, "-np", 1)
@@ -77,7 +78,7 @@ def test_weights_go_to_nnunet_are_taken_and_come_back(nnunet, raw, pretrained, t
     run("preprocess", "-d", 1, "-c", "3d_fullres", "-plans_name", "dae", "-np", 1)
     # At a learning rate of zero the weights that nnU-Net saves are those that it started from.
     options = ("1", "3d_fullres", "all", "-p", "dae", "-device", "cpu", "-pretrained_weights", tmp_path / "dae.pth")
-    told = run(SHORT, *options, RATE="0", ITERATIONS="1")
+    told = run(SHORT, *options, nnUNet_n_proc_DA="0")  # the planner refuses 0
     assert f"Loading pretrained weights from file  {tmp_path}/dae.pth" in told
     trained = folder / "results" / raw.name / "nnUNetTrainer__dae__3d_fullres" / "fold_all" / "checkpoint_final.pth"
     assert weights.main([str(trained), str(tmp_path / "back.pt")]) == 0

@@ -7,19 +7,19 @@ import nibabel
 import pytest
 
 from custom.files import read_json
-from tests.conftest import ROOT, SMALL, folders, monai_bundle, overrides
+from tests.conftest import BACKBONES, ROOT, SMALL, folders, monai_bundle, overrides
 from tests.integration.conftest import FETA
 from tools import cka, package, verify
 
 CONTRADICTION = {"pixdim_mm": [5, 5, 5]}
 
 
-@pytest.fixture(scope="module")
-def trained(labelled_lists, tmp_path_factory):
+@pytest.fixture(scope="module", params=BACKBONES)
+def trained(request, labelled_lists, tmp_path_factory):
     """The folder of a fine-tuning with another spacing, size and fold than the bundle's, and the fetal scans."""
     folder = tmp_path_factory.mktemp("run")
     more = {"datalist": labelled_lists["fetal"], "fold": 1, "pixdim_mm": [4, 4, 4], "max_epochs": 1, "val_interval": 1}
-    done = monai_bundle("train", bundle=FETA, **more, **folders(folder))
+    done = monai_bundle("train", *BACKBONES[request.param][0], bundle=FETA, **more, **folders(folder))
     assert done.returncode == 0, done.stderr
     return folder, labelled_lists["fetal"].parent / "images" / "fetal_001.nii.gz"
 

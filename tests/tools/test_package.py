@@ -10,6 +10,7 @@ import subprocess
 import threading
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 
 import nibabel
@@ -206,6 +207,14 @@ def test_several_channels_and_the_best_of_a_pre_training(tmp_path):
     lines = [{"epoch": 1, "val_l1": 0.3}, {"epoch": 2, "val_l1": 0.2}, {"epoch": 3, "val_l1": 0.4}, {"epoch": 4}]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert package.metrics(tmp_path, tmp_path / PRETRAINING.name) == {"best": lines[1], "last": lines[3]}
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
+def test_metadata_name_the_library_of_another_network(bundle, tmp_path):
+    shutil.copytree(bundle, tmp_path / bundle.name)
+    apply(read_json(bundle / "configs/resenc.json"), tmp_path / bundle.name)
+    required = read_json(tmp_path / bundle.name / "configs/metadata.json")["required_packages_version"]
+    assert required["dynamic_network_architectures"] == version("dynamic_network_architectures")
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)

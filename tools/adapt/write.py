@@ -41,7 +41,10 @@ def write(task: Task, plan: Plan, out: Path) -> None:
     """Write the bundle: configs, plan, metadata, documentation and licence."""
     copy_bundle(task.bundle, out, ROOT / "custom")
     shutil.rmtree(out / "docs")
-    for name in ("datalist.json", "configs/few_labels.json", "configs/field.json", "configs/published.json"):
+    for name in (
+        "datalist.json",
+        *(f"configs/{preset}.json" for preset in ("few_labels", "field", "published", "resenc")),
+    ):
         (out / name).unlink(missing_ok=True)
     train, whole = out / "configs/train.json", read_json(out / "configs/train.json")
     known = recipe(task.bundle)
