@@ -1,10 +1,11 @@
 """A training leaves a bundle: its settings in the configs, its weights, what it was started with, and its `custom`."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,8 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     network = inference["network_def"]
     library, _, rest = {**network, **network.get("network", {})}["_target_"].partition(".")
     if rest and library not in ("custom", "monai", "torch"):
-        metadata["required_packages_version"][library] = version(library)
+        with contextlib.suppress(PackageNotFoundError):  # a module of the user's own
+            metadata["required_packages_version"][library] = version(library)
     if "labels" in inference:
         channels, labels = inference["in_channels"], inference["labels"]
         classes = {str(number): name for number, name in enumerate(labels)}
