@@ -287,8 +287,8 @@ def test_a_package_passes_the_model_zoo_s_checks(large, tmp_path):
     paths = {"meta_file": f"{folder}/configs/metadata.json", "config_file": f"{folder}/configs/inference.json"}
     metadata = read_json(paths["meta_file"])
     assert metadata["version"] in metadata["changelog"]
-    for name, version in {"monai": metadata["monai_version"], **metadata["required_packages_version"]}.items():
-        assert Requirement(f"{name}=={version}")
+    for name, number in {"monai": metadata["monai_version"], **metadata["required_packages_version"]}.items():
+        assert Requirement(f"{name}=={number}")
     # With the schema in place nothing is downloaded.
     verify_metadata(meta_file=paths["meta_file"], filepath=str(ROOT / "tools/metadata_schema.json"))
     verify_net_in_out("network_def", **paths, device="cpu", bundle_root=str(folder))
