@@ -193,7 +193,7 @@ def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(), ranks: 
     quick = {"val_pictures": 0} if "train" in configs else {}
     windows = {"inference", "evaluate"} & set(configs) or bundle.name.endswith("segmentation")
     quick |= {"overlap": 0} if windows else {}
-    small = small_ids(bundle, "resenc" if "resenc" in configs else "swin")
+    small = SMALL if "published" in configs else small_ids(bundle, "resenc" if "resenc" in configs else "swin")
     module += overrides(**{"bundle_root": bundle, **small, **quick, **values})
     cwd = cwd or ROOT.parent
     if launcher:

@@ -195,20 +195,18 @@ def compare(networks: Sequence[nn.Module], images: Iterable[torch.Tensor], posit
         images: each (1, channels, D, H, W).
 
     Raises:
-        BadInput: for networks of different kinds, and see `cka`.
+        BadInput: see `cka`.
     """
-    stages = [[name for names in stages_of(network).values() for name in names] for network in networks]
-    if stages[0] != stages[1]:
-        raise BadInput(f"The networks have other stages, {', '.join(stages[0])}, and {', '.join(stages[1])}.")
+    stages = [name for names in stages_of(networks[0]).values() for name in names]
     generator = torch.Generator().manual_seed(seed)
-    samples: list = [([], []) for _ in stages[0]]
+    samples: list = [([], []) for _ in stages]
     for image in images:
         found = [stage_features(network, image.to(next(network.parameters()).device)) for network in networks]
         for kept, pair in zip(samples, zip(*found, strict=True), strict=True):
             places = torch.randperm(pair[0][0, 0].numel(), generator=generator)[:positions]
             for side, features in zip(kept, pair, strict=True):
                 side.append(features[0].flatten(1)[:, places.to(features.device)].T.cpu())
-    pairs = zip(stages[0], ([torch.cat(side) for side in kept] for kept in samples), strict=True)
+    pairs = zip(stages, ([torch.cat(side) for side in kept] for kept in samples), strict=True)
     return [Row(name, len(x), x.shape[1], y.shape[1], cka(x, y)) for name, (x, y) in pairs]
 
 
@@ -256,6 +254,9 @@ def run(options: argparse.Namespace) -> None:
     channels = [next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv3d)) for network in networks]
     if channels[0] != channels[1]:
         raise BadInput(f"The networks take {channels[0]} and {channels[1]} input channels, but have to see the same.")
+    stages = [", ".join(name for names in stages_of(network).values() for name in names) for network in networks]
+    if stages[0] != stages[1]:
+        raise BadInput(f"The networks have other stages, {stages[0]}, and {stages[1]}.")
     if len({any(isinstance(part, AxisPermutation) for part in network.modules()) for network in networks}) > 1:
         raise BadInput(
             "One network permutes the axes of its embedding, as published, and the other does not, so that their "

@@ -40,7 +40,9 @@ def pretrained(tmp_path_factory):
 
 
 def segmentation_network(**kwargs):
-    return SwinUNETR(in_channels=kwargs.pop("in_channels", 1), out_channels=5, **{"feature_size": 12, **kwargs})
+    return SwinUNETR(
+        in_channels=kwargs.pop("in_channels", 1), out_channels=5, **{"feature_size": 12, "window_size": 4, **kwargs}
+    )
 
 
 @each_backbone

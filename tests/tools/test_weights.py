@@ -52,7 +52,7 @@ SOURCES = {
     "fine-tuning": lambda: {"state_dict": FINETUNING, "best_acc": 0.8},
     "fine-tuning, bare and parallel": lambda: {f"module.{name}": value for name, value in FINETUNING.items()},
     "self-supervision": lambda: {"state_dict": self_supervised()},
-    "own": lambda: randomised(autoencoder()),
+    "own": lambda: randomised(autoencoder(window_size=7)),
     "own segmentation": lambda: randomised(SwinUNETR(in_channels=4, out_channels=5, feature_size=12)),
 }
 
@@ -150,7 +150,7 @@ def test_the_file_is_a_pre_training_for_a_segmentation_network(run, tmp_path):
 
 
 def test_own_weights_load_into_a_stock_network(run):
-    own = randomised(autoencoder())
+    own = randomised(autoencoder(window_size=7))
     converted, report = run(own, "--to", "stock")
     network = SwinUNETR(in_channels=1, out_channels=1, feature_size=12)
     network.load_state_dict(converted["model"])
