@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 CASES, CROPS, VOXELS = 8, 2, 100  # at most: cases a side, crops of each, and voxels of each class in a crop
 RIDGE = 1e-2  # of a variance
 KEPT = 512  # embeddings of an epoch, the last ones
-COLLAPSED, FEWEST = 0.01, 16  # spread, and the embeddings that it takes to say so
+COLLAPSED, FEWEST = 0.003, 16  # spread, and the embeddings that it takes to say so
 
 
 class Embedding(Metric):

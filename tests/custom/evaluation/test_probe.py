@@ -11,6 +11,7 @@ from monai.transforms import Compose, NormalizeIntensityd
 from custom.data.loading import LoadScand
 from custom.errors import BadInput
 from custom.evaluation.probe import KEPT, RIDGE, Embedding, Probe, at, chosen, ridge_accuracy, spread
+from custom.loss import DisruptiveLoss
 from tests.conftest import autoencoder
 
 STAGES = ("decoder5", "decoder4", "decoder3", "decoder2", "decoder1")
@@ -102,6 +103,28 @@ def test_embeddings_of_an_epoch_are_kept_and_a_collapse_is_said(caplog):
         metric.update((torch.ones(1, 3), torch.tensor([1])))
     metric.compute()
     assert "The representation has collapsed" in caplog.text and "--contrastive_weight 0" in caplog.text
+
+
+@pytest.mark.parametrize("modalities, rate", [([0, 0], 4e-4), ([0, 1], 0.1)], ids=["one modality", "a high rate"])
+def test_a_pre_training_that_collapses_says_so(modalities, rate, caplog):
+    torch.manual_seed(0)
+    network, loss, metric = autoencoder().train(), DisruptiveLoss(), Embedding()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
+    scans = torch.nn.functional.interpolate(torch.randn(4, 1, 8, 4, 4), scale_factor=8, mode="trilinear")
+    names = torch.tensor(modalities)
+    for step in range(16):
+        if step in (0, 8):
+            metric.reset()
+            assert "collapsed" not in caplog.text
+        images = scans[torch.randperm(4)[:2]]
+        prediction = network(images + 0.3 * torch.randn_like(images))
+        optimizer.zero_grad()
+        loss(prediction, {"image": images, "modality": names}).backward()
+        optimizer.step()
+        metric.update((prediction[1], names))
+        if step in (7, 15):
+            metric.compute()
+    assert "The representation has collapsed" in caplog.text
 
 
 @pytest.fixture
