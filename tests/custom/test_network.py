@@ -100,7 +100,7 @@ def test_a_swin_unetr_is_pre_trained_as_by_the_method_written_out():
     losses = []
     for hooked in (True, False):
         torch.manual_seed(0)
-        network = SwinUNETR(1, 1, feature_size=12) if hooked else WrittenOut(1, 1, feature_size=12)
+        network = (SwinUNETR if hooked else WrittenOut)(1, 1, feature_size=12, window_size=4)
         if hooked:
             network = disruptive_autoencoder(network, masking=LocalMasking(0.6))
         optimizer, loss = torch.optim.AdamW(network.parameters(), lr=1e-3), DisruptiveLoss()
