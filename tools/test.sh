@@ -37,4 +37,4 @@ else
 fi
 # Two workers of one thread each: most of the time goes into processes that are started one after the other. Files in the
 # order of their folders, since the longest have the fewest tests, which xdist would leave for the end.
-OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15 "$@"
