@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from custom.loss import DisruptiveLoss
+from custom.loss import CrossModalContrastiveLoss, DisruptiveLoss
 from tests.conftest import autoencoder, fork_server
 
 
@@ -29,6 +29,12 @@ def network() -> torch.nn.Module:
     return autoencoder(0).double()
 
 
+def contrastive(mine: slice) -> torch.Tensor:
+    """Of four embeddings, of which the first alone is of its modality: each has to stay with its own."""
+    embedding = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    return CrossModalContrastiveLoss()(embedding[mine], torch.tensor([4, 9, 9, 9])[mine])
+
+
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
@@ -38,15 +44,17 @@ def process(rank: int, folder: str) -> None:
     found = gradients(
         DistributedDataParallel(network()), images[mine], {key: value[mine] for key, value in targets.items()}
     )
+    loss = contrastive(slice(2 * rank, 2 * rank + 2))
     if rank == 0:
-        torch.save(found, f"{folder}/gradients.pt")
+        torch.save((found, loss), f"{folder}/found.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_with_one_sample_give_the_gradients_of_one_with_two(tmp_path):
     fork_server()
     multiprocessing.start_processes(process, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
-    parallel = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    parallel, loss = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert torch.allclose(loss, contrastive(slice(4)))
     images, targets = batch()
     single = gradients(network(), images, targets)
     largest = max(gradient.abs().max() for gradient in single.values())
