@@ -270,7 +270,10 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     image, pred = data["inputs"]["image"], data["outputs"]["pred"]
     image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
     network = inference["network_def"]
-    library, _, rest = {**network, **network.get("network", {})}["_target_"].partition(".")
+    target = {**network, **network.get("network", {})}["_target_"]
+    if not target.endswith("SwinUNETR"):
+        (folder / "configs/published.json").unlink(missing_ok=True)  # it changes a Swin UNETR
+    library, _, rest = target.partition(".")
     if rest and library not in ("custom", "monai", "torch"):
         with contextlib.suppress(PackageNotFoundError):  # a module of the user's own
             metadata["required_packages_version"][library] = version(library)
