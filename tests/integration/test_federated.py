@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from tests.conftest import PRETRAINING, ROOT, SEGMENTATION, SMALL, folders, metrics, monai_bundle, overrides
+from tests.conftest import PRETRAINING, ROOT, SEGMENTATION, folders, metrics, monai_bundle, overrides, small_ids
 
 # Two rounds of an epoch, by each bundle's own words for it.
 ROUNDS = {
@@ -26,7 +26,7 @@ def test_two_sites_with_equal_data_train_as_one(bundle, tmp_path, small_list, la
     lists = [str(tmp_path / f"{name}.json") for name in ("site_a", "site_b")]
     for file in lists:
         (tmp_path / file).write_text(json.dumps(cases))
-    settings = {**SMALL, "val_pictures": 0, "val_interval": 1, **ROUNDS[bundle]}
+    settings = {**small_ids(bundle, "swin"), "val_pictures": 0, "val_interval": 1, **ROUNDS[bundle]}
     downloaded = tmp_path / "downloaded"
     shutil.copytree(bundle, downloaded)
     (tmp_path / "custom.py").write_text("raise SystemExit('not this one')")
