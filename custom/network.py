@@ -47,16 +47,21 @@ def disruptive_autoencoder(
         Valanarasu et al., "Disruptive Autoencoders", MIDL 2024.
     """
     hooks = _Hooks(masking)
-    _submodule(network, embedding).register_forward_hook(hooks.mask)
-    _submodule(network, features).register_forward_hook(hooks.keep_features)
+    submodule(network, embedding).register_forward_hook(hooks.mask)
+    submodule(network, features).register_forward_hook(hooks.keep_features)
     if left_out_skip is not None:
-        skip = _submodule(network, left_out_skip)
+        skip = submodule(network, left_out_skip)
         skip.requires_grad_(left_out_skip == features).register_forward_hook(_leave_out)
     network.register_forward_hook(hooks.add_features)
     return network
 
 
-def _submodule(network: nn.Module, name: str) -> nn.Module:
+def submodule(network: nn.Module, name: str) -> nn.Module:
+    """Return the submodule of a network by its name.
+
+    Raises:
+        BadInput: for a name that the network does not have.
+    """
     try:
         return network.get_submodule(name)
     except AttributeError as error:

@@ -20,7 +20,7 @@ from custom.text import did_you_mean
 
 PATHS = {
     *("bundle_root", "dataset_dir", "datalist", "output_dir", "ckpt_dir"),
-    *("checkpoint", "checkpoints", "pretrained", "store"),
+    *("checkpoint", "checkpoints", "pretrained", "store", "probe"),
 }
 
 
@@ -44,7 +44,7 @@ VALUES: list[tuple[set[str], Callable[[Any], bool], str]] = [
     ),
     (
         {"in_channels", "feature_size", "batch_size", "crops_per_volume"}
-        | {"max_epochs", "max_iterations", "val_interval"},
+        | {"max_epochs", "max_iterations", "val_interval", "probe_interval"},
         lambda value: _is_number(value, 1, whole=True),
         "a whole number from 1 on",
     ),
@@ -241,12 +241,10 @@ def check_ids(config: dict[str, Any], declared: set[str]) -> None:
         if isinstance(target, str) and not target.startswith(("$", "@")):
             component: Any = locate(ConfigComponent(config=dict(value), id=path, locator=locator).resolve_module_name())
             if component is None:
-                package = target.partition(".")[0]
-                raise BadInput(
-                    f"`{path}#_target_` is {target}, which can't be imported; is it misspelt?"
-                    if find_spec(package)
-                    else f"`{path}` needs a package that is not installed: pip install --no-deps {package}."
-                )
+                package, _, rest = target.partition(".")
+                missing = rest and package and not find_spec(package)
+                hint = f"install its package {package}, or correct the name." if missing else "is it misspelt?"
+                raise BadInput(f"`{path}#_target_` is {target}, which can't be imported; {hint}")
             accepted = arguments_of(component)
             for name in value.keys() - accepted if accepted else ():
                 if not (name.startswith("_") and name.endswith("_")):

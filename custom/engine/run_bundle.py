@@ -16,7 +16,7 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 import custom
 from custom.engine.checkpoint import weights_file
-from custom.engine.config_check import check_ids, declared_ids, federated_client, running_workflow, walk
+from custom.engine.config_check import PATHS, check_ids, declared_ids, federated_client, running_workflow, walk
 from custom.engine.run_record import (
     RECORD,
     TRACKING,
@@ -43,6 +43,7 @@ PLACE = {
 SOUND = {
     *("max_epochs", "max_iterations", "train#trainer#max_epochs", "val_interval", "val_pictures", "overlap"),
     *("num_workers", "cache_rate", "store", "bad_cases", "max_bad_share"),
+    *("probe", "probe_stages", "probe_interval"),
 }
 
 
@@ -210,8 +211,8 @@ class RunBundle:
         several = parsed(bundle / "configs" / "multi_gpu_train.json").config
         base = parsed(bundle / "configs" / "train.json")
         names = PLACE | several.keys()
-        changed = {
-            id: value
+        changed = {  # whoever runs the folder's configs may do so from elsewhere
+            id: os.path.abspath(value) if id in PATHS and isinstance(value, str) and value[:1] not in "$@%" else value
             for id, value in overrides(config, base.config).items()
             if not id.startswith("+") and not {id, id.partition("#")[0]} & names
         }

@@ -16,6 +16,7 @@ from torch import nn
 from custom.data.datalist import read_datalist
 from custom.data.loading import LoadLabeld, LoadScand
 from custom.errors import BadInput
+from custom.network import submodule
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class Probe:
         """Load the crops of the labelled cases."""
         if self.datalist is None or self.crops:
             return
+        for name in self.stages:
+            submodule(self.network, name)
         for section in ("training", "validation"):
             cases = read_datalist(self.datalist, section, self.dataset_dir, self.modalities, labelled=True)
             self.crops[section] = [crop for case in cases[:CASES] for crop in self.crops_of(case)]
@@ -189,6 +192,11 @@ class Probe:
             for crop in crops:
                 found.clear()
                 self.network(crop["image"][None].to(device))
+                if len(found) != len(self.stages):
+                    raise BadInput(
+                        f"{type(self.network).__name__} does not call each of --probe_stages {self.stages} once; name "
+                        f"others."
+                    )
                 label = crop["label"][0]
                 places = chosen(label, generator)
                 classes.append(label[tuple(places.T)].long())

@@ -1,3 +1,4 @@
+import re
 import shutil
 import sys
 
@@ -130,10 +131,17 @@ def test_the_width_of_a_swin_unetr_is_a_multiple_of_12():
             check_values({"feature_size": 32, "network_def": network})
 
 
-def test_a_package_that_is_not_installed_is_named_with_its_command():
-    network = {"_target_": "no_such_package.networks.UNet"}
-    with pytest.raises(BadInput, match="pip install --no-deps no_such_package."):
-        check_ids({"network_def": network}, {"network_def"})
+@pytest.mark.parametrize(
+    "target, hint",
+    [
+        ("no_such_package.networks.UNet", "install its package no_such_package, or correct the name."),
+        ("SwinUNTER", "is it misspelt?"),  # a name of MONAI's, and of no package
+        (".UNet", "is it misspelt?"),
+    ],
+)
+def test_what_cannot_be_imported_is_misspelt_or_its_package_not_installed(target, hint):
+    with pytest.raises(BadInput, match=f"is {re.escape(target)}, which can't be imported; {re.escape(hint)}"):
+        check_ids({"network_def": {"_target_": target}}, {"network_def"})
 
 
 def test_a_bundle_with_other_modules_than_those_of_the_process_is_refused(tmp_path):

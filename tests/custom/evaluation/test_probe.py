@@ -165,3 +165,25 @@ def test_no_list_no_probe_and_one_without_common_classes_is_refused(probe, label
     (tmp_path / "list.json").write_text(json.dumps(content))
     with pytest.raises(BadInput, match="has the modality .pet"):
         probe(tmp_path / "list.json").load(engine)
+
+
+@pytest.mark.parametrize(
+    "stages, told",
+    [(["decoder9"], "no submodule 'decoder9'; did you mean `decoder"), (["decoder1", "norm"], "no submodule 'norm'")],
+)
+def test_stages_that_are_not_there_are_refused_before_the_training(stages, told, probe):
+    made = probe()
+    made.stages = stages
+    with pytest.raises(BadInput, match=told):
+        made.load(None)
+    assert not made.crops
+
+
+def test_a_stage_that_is_not_called_is_refused(probe):
+    made = probe()
+    made.network.spare = torch.nn.Identity()
+    made.stages = ["decoder1", "spare"]
+    made.load(None)
+    with pytest.raises(BadInput, match="does not call each of --probe_stages"):
+        made.accuracy()
+    assert made.network.training
