@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from custom.engine.config_check import network_target
 from custom.files import read_json, write_text
 
 
@@ -20,12 +21,13 @@ def metadata_of(folder: Path) -> dict[str, Any]:
     modality = metadata["network_data_format"]["inputs"]["image"]["modality"]
     segments = metadata["network_data_format"]["outputs"]["pred"]["format"] == "segmentation"
     task = "image-segmentation" if segments else "image-feature-extraction"
+    network = network_target(read_json(folder / "configs/inference.json")).rpartition(".")[2].lower()
     apache = "Apache License" in (folder / "LICENSE").read_text()
     card = {
         "license": "apache-2.0" if apache else "other",
         "library_name": "monai",
         "pipeline_tag": task,
-        "tags": ["monai", "medical", "3d", "swin-unetr", *re.findall(r"\w+", modality.lower())],
+        "tags": ["monai", "medical", "3d", *filter(None, [network]), *re.findall(r"\w+", modality.lower())],
     }
     if metadata["eval_metrics"]:
         card["metrics"] = list(metadata["eval_metrics"])

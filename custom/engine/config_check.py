@@ -156,10 +156,17 @@ def check_values(config: dict[str, Any]) -> None:
             value = config[name]
             if not (value is None or isinstance(value, str) and value.startswith(("$", "@", "%"))) and not fits(value):
                 raise BadInput(f"`{name}` is {value!r}, and should be {words}.")
-    network = config.get("network_def", {})
-    target = str({**network, **network.get("network", {})}.get("_target_"))
-    if target.endswith("SwinUNETR") and isinstance(size := config.get("feature_size"), int) and size % 12:
+    size = config.get("feature_size")
+    if network_target(config).endswith("SwinUNETR") and isinstance(size, int) and size % 12:
         raise BadInput(f"`feature_size` is {size}, and should be a multiple of 12 for a Swin UNETR.")
+
+
+def network_target(config: dict[str, Any]) -> str:
+    """Return what makes the network of a config, or in pre-training the one inside; "" where an expression does."""
+    network = config.get("network_def")
+    while isinstance(network, dict) and "network" in network:
+        network = network["network"]
+    return str(network.get("_target_", "")) if isinstance(network, dict) else ""
 
 
 def running_workflow() -> ConfigWorkflow | None:

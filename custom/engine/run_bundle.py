@@ -16,7 +16,15 @@ from monai.bundle.reference_resolver import ReferenceResolver
 
 import custom
 from custom.engine.checkpoint import weights_file
-from custom.engine.config_check import PATHS, check_ids, declared_ids, federated_client, running_workflow, walk
+from custom.engine.config_check import (
+    PATHS,
+    check_ids,
+    declared_ids,
+    federated_client,
+    network_target,
+    running_workflow,
+    walk,
+)
 from custom.engine.run_record import (
     RECORD,
     TRACKING,
@@ -270,8 +278,7 @@ def apply(changed: dict[str, Any], folder: Path, place: dict[str, Any] | None = 
     data = metadata["network_data_format"]
     image, pred = data["inputs"]["image"], data["outputs"]["pred"]
     image["spatial_shape"] = pred["spatial_shape"] = inference["patch_size"]
-    network = inference["network_def"]
-    target = {**network, **network.get("network", {})}["_target_"]
+    target = network_target(inference)
     if not target.endswith("SwinUNETR"):
         (folder / "configs/published.json").unlink(missing_ok=True)  # it changes a Swin UNETR
     library, _, rest = target.partition(".")

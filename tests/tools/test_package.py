@@ -310,7 +310,7 @@ def test_the_model_card_has_what_the_hub_reads_and_its_pictures(released, run_di
     _, head, text = (folder / "README.md").read_text().split("---\n", 2)
     card, best = yaml.safe_load(head), max(metrics(run_dir), key=lambda line: line["val_mean_dice"])
     expected = {"license": "apache-2.0", "library_name": "monai", "pipeline_tag": "image-segmentation"}
-    assert {name: card[name] for name in expected} == expected and {"monai", "mr"} <= set(card["tags"])
+    assert {name: card[name] for name in expected} == expected and {"monai", "mr", "swinunetr"} <= set(card["tags"])
     (result,) = card["model-index"][0]["results"]
     assert {"type": "mean_dice", "value": best["val_mean_dice"]} in result["metrics"]
     assert read_json(folder / "configs/metadata.json")["eval_metrics"]["mean_dice"] == best["val_mean_dice"]

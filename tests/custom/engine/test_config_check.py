@@ -129,6 +129,8 @@ def test_the_width_of_a_swin_unetr_is_a_multiple_of_12():
         check_values({"feature_size": 24, "network_def": network})
         with pytest.raises(BadInput, match="`feature_size` is 32, and should be a multiple of 12 for a Swin UNETR."):
             check_values({"feature_size": 32, "network_def": network})
+    for other in ("$network()", {"_target_": "f", "network": "@other"}, {"_target_": "torch.nn.Identity"}):
+        check_values({"feature_size": 32, "network_def": other})
 
 
 @pytest.mark.parametrize(
