@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import signal
@@ -19,8 +20,12 @@ from custom.engine.checkpoint import read_weights
 from custom.errors import BadInput
 from tests.conftest import ROOT, SMALL
 from tests.integration.conftest import python_of
-from tools import benchmark, phantom
-from tools.benchmark import RECORD, Result, Run, p_value, read_task, table
+from tools import phantom
+from tools.benchmark import runs as benchmark
+from tools.benchmark.__main__ import main
+from tools.benchmark.runs import RECORD, Result, Run
+from tools.benchmark.task import read_task
+from tools.benchmark.verdict import Found, answers, interval, p_value, table
 
 SIZES = {name: value for name, value in SMALL.items() if name != "num_workers"}
 
@@ -68,11 +73,11 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert benchmark.main(arguments) == 0
+    assert main(arguments) == 0
     after = finished(out)
     assert len(after) == 1 + 2 * 4 and {path: after[path] for path in before} == before
     printed = capsys.readouterr().out
-    assert benchmark.main(arguments) == 0 and finished(out) == after
+    assert main(arguments) == 0 and finished(out) == after
 
     rows = list(csv.DictReader((out / "runs.csv").open()))
     assert sorted((row["method"], row["count"]) for row in rows) == sorted(
@@ -92,12 +97,14 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         assert f"{float(row['dice']):.4f} ± 0.0000 (n = 1)" in text
         assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == 2
         assert not list(folder.glob("checkpoint*"))
-    for name in ("dice_over_labels.png", "learning_curves.png"):
+    for name in ("dice_over_labels.png", "learning_curves.png", "dice_over_iterations.png"):
         assert (out / name).stat().st_size > 10_000
 
     # Fair: what two runs of a seed are started with differs in the weights alone.
     for count in (1, 2):
-        starts = [json.loads((Run(m, count, 0).folder(out) / "run.json").read_text())[-1] for m in ("scratch", "DAE")]
+        starts = [
+            json.loads((Run(m, count, 2, 0).folder(out) / "run.json").read_text())[-1] for m in ("scratch", "DAE")
+        ]
         scratch, ours = (
             {name: value for name, value in start["overrides"].items() if not name.endswith("_dir")} for start in starts
         )
@@ -106,7 +113,7 @@ def test_a_grid_that_is_killed_in_the_middle_repeats_nothing_and_is_fair(task, c
         assert starts[0]["datalist_sha256"] == starts[1]["datalist_sha256"]
 
     # A run again, by its own command and with as many threads: the same weights, and they are the last.
-    folder, command = benchmark.finetuning(read_task(task), Run("DAE", 2, 0), out)
+    folder, command = benchmark.finetuning(read_task(task), Run("DAE", 2, 2, 0), out)
     first = read_weights(folder / "models/model.pt")
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for again in (folder / "models/model.pt", folder / "checkpoint_iteration=2.pt"):
@@ -118,7 +125,7 @@ def test_nn_u_net_is_trained_for_the_time_that_scratch_took_and_measured_alike(t
     """By its own Python. The Dice in the table is that of the label maps, computed by hand."""
     python = python_of("nnunet")
     content, out = read_task(task), tmp_path / "out"
-    run = Run("nnU-Net", 2, 0)
+    run = Run("nnU-Net", 2, 2, 0)
     (out / "finetuning.json").parent.mkdir()
     (out / "finetuning.json").write_text(json.dumps(content["finetuning"]["datalist"]))
     scratch = run._replace(method="scratch").folder(out)
@@ -181,13 +188,22 @@ def test_a_wrong_task_is_refused_in_a_sentence(task, tmp_path, capsys):
         with pytest.raises(BadInput, match=expected):
             read_task(changed(task, "wrong.json", **values))
     (tmp_path / "task.json").write_text("{}")
-    assert benchmark.main([str(tmp_path / "task.json"), str(tmp_path / "out")]) == 2
+    assert main([str(tmp_path / "task.json"), str(tmp_path / "out")]) == 2
     assert "task.json lacks counts, datalist" in capsys.readouterr().err
     path = changed(task, "wrong.json", validation_folds=[])
-    assert benchmark.main([str(path), str(tmp_path / "out")]) == 2
+    assert main([str(path), str(tmp_path / "out")]) == 2
     assert "wrong.json has no validation folds" in capsys.readouterr().err
-    assert benchmark.main([str(task), str(tmp_path / "out"), "--methods", "nnU-Net"]) == 2
-    assert "nnU-Net needs --nnunet PYTHON, and scratch" in capsys.readouterr().err
+    for more, expected in (
+        (["--methods", "nnU-Net"], "nnU-Net needs --nnunet PYTHON, and scratch"),
+        (["--methods", "DEA"], "has no method DEA; it has scratch, token masking"),
+    ):
+        assert main([str(task), str(tmp_path / "out"), *more]) == 2
+        assert expected in capsys.readouterr().err
+    path = changed(task, "wrong.json", finetuning={**json.loads(task.read_text())["finetuning"], "iterations": [1, 2]})
+    assert main([str(path), str(tmp_path / "out"), "--methods", "DAE"]) == 2
+    assert "Several lengths need scratch" in capsys.readouterr().err
+    assert main([str(task.parent / "list.json"), str(tmp_path / "out")]) == 2
+    assert "list.json is a data list; give the weights to be judged, --pretrained FILE." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -205,21 +221,75 @@ def test_a_run_that_fails_is_told_and_run_again(tmp_path):
     assert (tmp_path / "log.txt").read_text().count("the mend") == 2
 
 
-def result(method: str, seed: int, *dice: float) -> Result:
-    return Result(Run(method, 4, seed), {f"case {n}": value for n, value in enumerate(dice)}, {}, 1.0)
+def result(method: str, seed: int, *dice: float, iterations: int = 32, end: float = 0.5) -> Result:
+    dices = {f"case {n}": value for n, value in enumerate(dice)}
+    return Result(Run(method, 4, iterations, seed), dices, {iterations: end}, 1.0, 1.0)
 
 
 def test_paired_tests_and_the_table_by_hand():
     """Five pairs that all differ by one sign: of 2^5 signs two are as extreme, p = 2/32; of ten, p = 2/1024."""
     ours = [result("DAE", seed, *(0.8 + seed / 10 + n / 100 for n in range(5))) for seed in (0, 1)]
     theirs = [result("scratch", seed, *(0.7 + seed / 8 - n / 1000 for n in range(5))) for seed in (0, 1)]
-    assert p_value(ours, theirs, by_case=True) == pytest.approx(2 / 32)
-    assert p_value(ours, theirs[::-1], by_case=False) == pytest.approx(2 / 1024)
-    assert p_value(ours, ours, by_case=True) == 1
-    text = " ".join(table([*theirs, *ours]).split())
+    found = Found([*theirs[::-1], *ours])
+    dice = {method: found.dice(method, 4, 32) for method in ("DAE", "scratch")}
+    assert p_value(dice["DAE"], dice["scratch"], by_case=True) == pytest.approx(2 / 32)
+    assert p_value(dice["DAE"], dice["scratch"], by_case=False) == pytest.approx(2 / 1024)
+    assert p_value(dice["DAE"], dice["DAE"], by_case=True) == 1
+    text = " ".join(table(found).split())
     assert "| scratch | 0.7605 ± 0.0625 (n = 2) |" in text and "| DAE | 0.8700 ± 0.0500 (n = 2) |" in text
-    assert "| 4 | scratch | +0.1095 | +0.122, +0.097 | 0.002 | 0.062 |" in text
+    assert "| 4 | 32 | scratch | +0.1095 | +0.122, +0.097 | 0.002 | 0.062 |" in text
     assert np.mean(list(ours[0].dice.values())) == pytest.approx(0.82)
+
+
+def test_the_interval_is_that_of_a_mean():
+    """Of many cases of one seed: the mean and twice its standard error. Of seeds that differ: as wide as they."""
+    cases = np.random.default_rng(0).normal(0.1, 0.2, (1, 200))
+    error = 1.96 * cases.std() / np.sqrt(200)
+    assert interval(cases) == pytest.approx((cases.mean() - error, cases.mean() + error), abs=3e-3)
+    assert interval(np.repeat([[0.0], [0.3]], 50, axis=1)) == pytest.approx((0, 0.3))
+
+
+def test_the_answer_by_hand():
+    """Scratch converges at 128 iterations, where its best is 0.8; the start has that with 32."""
+    ends = {32: (0.5, 0.8), 64: (0.79, 0.82), 128: (0.8, 0.81)}
+    results = [
+        result(method, seed, value - 0.01, value + 0.01, iterations=length, end=values[0])
+        for length, values in ends.items()
+        for method, value in zip(("scratch", "DAE"), values, strict=True)
+        for seed in (0, 1)
+    ]
+    found = Found(results)
+    assert [Found(results[: 4 * n]).flat(4) for n in (1, 2)] == [False, False]
+    (line,) = answers(found)
+    assert line.startswith("With 4 labels, DAE gains 0.010 Dice after 128 iterations (95 % interval +0.010 to +0.010, ")
+    assert "reaches scratch's best, 0.800, with 32 iterations, 75% fewer than scratch's 128." in line
+    assert line.endswith("Scratch has not converged yet.")  # the last doubling gained 0.01
+    flat = [result("scratch", seed, 0.8, 0.8, iterations=256, end=0.804) for seed in (0, 1)]
+    assert Found([*results, *flat]).flat(4)
+
+
+def test_the_verdict_on_own_data(task, tmp_path, capsys):
+    """From a data list and weights: a bundle is adapted, trained for longer until scratch is flat, and judged."""
+    out = tmp_path / "out"
+    listed = json.loads((task.parent / "list.json").read_text())
+    for name in ("training", "validation"):
+        for entry in listed[name]:
+            for key in ("image", "label"):
+                entry[key] = str(task.parent / entry[key])
+    (tmp_path / "mine.json").write_text(json.dumps(listed))
+    weights = next((task.parent / "out").glob("pretraining/DAE/models/model.pt"))
+    arguments = [str(tmp_path / "mine.json"), str(out), "--pretrained", str(weights), "--minutes", "0.1"]
+    assert main([*arguments, "--counts", "2", "--seeds", "0"]) == 0
+    rows = list(csv.DictReader((out / "runs.csv").open()))
+    lengths = sorted({int(row["iterations"]) for row in rows})
+    assert len(lengths) > 1 and {row["method"] for row in rows} == {"scratch", "pre-trained"}
+    assert len(rows) == 2 * len(lengths) and {row["section"] for row in rows} == {"testing"}
+    page = (out / "verdict.html").read_text()
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("With 2 labels, pre-trained")]
+    assert html.escape(line) in page and f"after {lengths[-1]} iterations" in line
+    assert page.count("data:image/png;base64") == 3
+    assert f"{out}/verdict.html" in printed
 
 
 @pytest.mark.parametrize("task", sorted((ROOT / "examples/benchmark").glob("*.json")), ids=lambda task: task.stem)
