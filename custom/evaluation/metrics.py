@@ -131,17 +131,19 @@ def _csv_field(text: str) -> str:
 
 
 def not_learnt(dice: np.ndarray, classes: Sequence[str]) -> str:
-    """Name the classes whose mean Dice is below `LEARNT`, with it, and what to change; "" where there are none.
+    """Name the classes whose mean Dice is below `LEARNT`, with it, and what to change, and those that no case has.
 
     Args:
         dice: (cases, classes), NaN where a case lacks a class.
         classes: their names, without background.
     """
-    means = zip(classes, np.ma.masked_invalid(dice).mean(0).filled(1), strict=True)
+    means = list(zip(classes, np.ma.masked_invalid(dice).mean(0).filled(np.nan), strict=True))
+    absent = [name for name, mean in means if np.isnan(mean)]
+    told = f"Not measured, since no label map to validate on has it: {', '.join(absent)}.\n" if absent else ""
     if not (missed := [f"{name} ({mean:.3f})" for name, mean in means if mean < LEARNT]):
-        return ""
+        return told
     return (
-        f"Not learnt, by a Dice below {LEARNT} in the last validation: {', '.join(missed)}. Train longer "
+        f"{told}Not learnt, by a Dice below {LEARNT} in the last validation: {', '.join(missed)}. Train longer "
         f"(--max_epochs), at a finer spacing (--pixdim_mm), or with crops and loss of configs/field.json, which "
         f"small classes need; python -m tools.adapt chooses all of these.\n"
     )

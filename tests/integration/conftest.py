@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SEGMENTATION, folders, monai_bundle
+from tests.conftest import BACKBONES, ROOT, SEGMENTATION, folders, monai_bundle, small_ids
 from tools import package
 
 BTCV, FETA = SEGMENTATION
@@ -19,14 +19,18 @@ def python_of(environment: str) -> Path:
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory, labelled_lists) -> dict[str, Path]:
-    """A short training of each segmentation bundle on phantoms: of one its folder, of the other the package of it."""
+    """A short training of each segmentation bundle on phantoms: of one its folder, of the other the package of it.
+
+    The one is a Swin UNETR, the other a residual-encoder U-Net.
+    """
     built = {}
-    for bundle, kind, spacing_mm in ((BTCV, "ct", [3, 3, 3]), (FETA, "fetal", None)):
+    for bundle, kind, spacing_mm, backbone in ((BTCV, "ct", [3, 3, 3], "swin"), (FETA, "fetal", None, "resenc")):
         run_dir = tmp_path_factory.mktemp(bundle.name)
         more = {"datalist": labelled_lists[kind], "max_epochs": 4, "learning_rate": 0.01, "overlap": 0.1}
         if spacing_mm:
             more["pixdim_mm"] = spacing_mm
-        done = monai_bundle("train", bundle=bundle, **more, **folders(run_dir))
+        more |= small_ids(bundle, backbone)
+        done = monai_bundle("train", *BACKBONES[backbone][0], bundle=bundle, **more, **folders(run_dir))
         assert done.returncode == 0, done.stderr
         built[bundle.name] = run_dir if bundle == BTCV else package.build(run_dir, tmp_path_factory.mktemp("dist"))
     return built

@@ -2,8 +2,9 @@
 
     python -m tools.studies.kills OUT_DIR
 
-Trains the smallest networks on phantoms for a few minutes: a pre-training from a store, a fine-tuning from it,
-and a pre-training by two processes of torchrun. Needs Linux. A folder that was used before is used anew.
+Trains the smallest networks on phantoms for a few minutes: a pre-training from a store, a fine-tuning from it, and a
+pre-training of a residual-encoder U-Net by two processes of torchrun. Needs Linux. A folder that was used before is
+used anew.
 """
 
 from __future__ import annotations
@@ -233,13 +234,15 @@ def run(options: argparse.Namespace) -> int:
         raise RuntimeError("The store of the phantoms could not be made.")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     pretraining = {"datalist": scans, "val_interval": 2, "warmup_iterations": 3, "num_workers": 0}
-    finetuning = {"datalist": scans, "val_interval": 2, "num_workers": 1}
+    resenc = {"feature_size": 4, "network_def#network#n_blocks_per_stage": [1] * 6}
+    swin = {"network_def#network#window_size": 4, "num_workers": 1, "store": out / "store"}
+    finetuning = {"datalist": scans, "val_interval": 2, "num_workers": 1, "network_def#window_size": 4}
     if options.pretraining:
         finetuning["pretrained"] = out / "pretraining" / "whole" / "models" / "model.pt"
     runs = {
-        "pretraining": Run("dae_pretraining", {**pretraining, "num_workers": 1, "store": out / "store"}),
+        "pretraining": Run("dae_pretraining", {**pretraining, **swin}),
         "finetuning": Run("feta_mri_segmentation", finetuning),
-        "torchrun": Run("dae_pretraining", pretraining, ("train", "multi_gpu_train"), torchrun),
+        "torchrun": Run("dae_pretraining", {**pretraining, **resenc}, ("train", "resenc", "multi_gpu_train"), torchrun),
     }
     random = np.random.default_rng(options.seed)
     rows, fine = [["killed while", *MOMENTS, *RESULTS]], True
