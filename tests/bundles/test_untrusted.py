@@ -90,6 +90,10 @@ def test_cka(tmp_path, malicious, phantom_list, capsys):
     assert f"{malicious} can't be loaded" in capsys.readouterr().err
 
 
+one_format = pytest.mark.parametrize("malicious", [True], ids=["zip"], indirect=True)
+
+
+@one_format
 def test_package_of_a_run(tmp_path, malicious, capsys):
     run = tmp_path / "run"
     copy_bundle(PRETRAINING, run, PRETRAINING / "custom")
@@ -102,6 +106,7 @@ def test_package_of_a_run(tmp_path, malicious, capsys):
     assert f"{run}/models/model.pt can't be" in capsys.readouterr().err
 
 
+@one_format
 def test_verify_of_a_package(tmp_path, malicious, capsys):
     """One that is right but for the weights, sums included."""
     folder = verify.unpack(package.build(PRETRAINING, tmp_path / "dist"), tmp_path)
