@@ -19,6 +19,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from custom.files import read_json
 from tests import preload
 from tools import datalist as datalist_tool
 from tools import phantom
@@ -193,7 +194,9 @@ def monai_bundle(*configs: str, bundle: Path = PRETRAINING, launcher=(), ranks: 
     quick = {"val_pictures": 0} if "train" in configs else {}
     windows = {"inference", "evaluate"} & set(configs) or bundle.name.endswith("segmentation")
     quick |= {"overlap": 0} if windows else {}
-    small = SMALL if "published" in configs else small_ids(bundle, "resenc" if "resenc" in configs else "swin")
+    network = read_json(bundle / "configs/train.json")["network_def"]  # of a bundle of a run, or an adapted one
+    other = "resenc" in configs or "ResidualEncoder" in str(network)
+    small = SMALL if "published" in configs else small_ids(bundle, "resenc" if other else "swin")
     module += overrides(**{"bundle_root": bundle, **small, **quick, **values})
     cwd = cwd or ROOT.parent
     if launcher:

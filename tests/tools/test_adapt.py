@@ -10,7 +10,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import SwinUNETR
 
 from custom.files import read_json
-from tests.conftest import folders, metrics, monai_bundle
+from tests.conftest import autoencoder, folders, metrics, monai_bundle
 from tools import package, verify
 from tools.adapt import decide, measure
 from tools.adapt.__main__ import main
@@ -201,6 +201,22 @@ def test_weights_fix_the_network_and_their_spacing_is_kept_where_it_fits(quick, 
     config, plan = adapted(datalist, tmp_path / "out", "--pretrained", str(tmp_path / "model.pt"))
     assert config["feature_size"] == 24 and config["network_def"]["window_size"] == 4
     assert "The pre-training's spacing, that of each scan, does not fit" in plan
+
+
+def test_a_residual_encoder_starts_a_bundle_of_its_network(quick, tmp_path):
+    """And the training takes the weights, all but the output layer."""
+    network = autoencoder(backbone="resenc")
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    file = write_cases(tmp_path)
+    config, plan = adapted(file, tmp_path / "out", "--pretrained", str(tmp_path / "model.pt"), "--minutes", "0.1")
+    assert config["network_def"]["_target_"].endswith("ResidualEncoderUNet") and config["feature_size"] == 4
+    assert config["network_def"]["n_blocks_per_stage"] == [1] * 6 and "window_size" not in config["network_def"]
+    assert "the pre-training's, a residual-encoder U-Net" in plan
+    verify.check_ids(tmp_path / "out")
+    data = {"datalist": file, "pretrained": tmp_path / "model.pt", "val_interval": 1}
+    done = monai_bundle("train", bundle=tmp_path / "out", max_epochs=1, **data, **folders(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert "A residual-encoder U-Net that segments class 1" in (tmp_path / "out/docs/README.md").read_text()
 
 
 def test_a_ct_of_air_alone_is_refused(tmp_path, capsys):

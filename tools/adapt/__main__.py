@@ -23,7 +23,7 @@ from custom.errors import BadInput
 from custom.files import read_json
 from custom.text import did_you_mean
 from tools._cli import ROOT, near, say, tool
-from tools.adapt.decide import Task, decide, ram, recipe
+from tools.adapt.decide import Task, decide, ram, recipe, start_of
 from tools.adapt.measure import channels_of, measure, names_of
 from tools.adapt.write import write
 from tools.verify import quiet
@@ -33,8 +33,9 @@ def load(options: argparse.Namespace) -> Task:
     """Read the data list and measure all of its cases.
 
     Raises:
-        BadInput: for a list or a case that training would refuse, and see `names_of`.
+        BadInput: for a list or a case that training would refuse, and see `start_of` and `names_of`.
     """
+    start = start_of(options.pretrained)
     folder = options.ids.get("dataset_dir") or os.path.dirname(os.path.abspath(options.datalist))
     more = {"labelled": True, "fold": options.ids.get("fold")}
     items = {name: read_datalist(options.datalist, name, folder, **more) for name in SECTIONS}
@@ -54,7 +55,7 @@ def load(options: argparse.Namespace) -> Task:
             raise BadInput(f"No label map to {purpose} on in {options.datalist} has any class; add a case that has.")
     labels = names_of(content, {id for case in cases for id in case.classes}, options.ids.get("labels"))
     bundle = ROOT / "bundles" / ("btcv_ct_segmentation" if modality == "ct" else "feta_mri_segmentation")
-    return Task(bundle, cases[:count], cases[count:], labels, modality, channels, options)
+    return Task(bundle, start, cases[:count], cases[count:], labels, modality, channels, options)
 
 
 @quiet()
@@ -62,12 +63,12 @@ def adapt(options: argparse.Namespace) -> None:
     """Measure, decide and write.
 
     Raises:
-        BadInput: for a folder that is in use, ids that the bundles do not have, and see `load` and `decide`.
+        BadInput: for a folder that is in use, ids that the bundles do not have, and see `load`.
     """
     out = options.out.resolve()
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{options.out} is not empty; name another folder, or remove it.")
-    known = recipe(ROOT / "bundles/btcv_ct_segmentation")
+    known = recipe(ROOT / "bundles/btcv_ct_segmentation", {})
     for id in options.ids:
         if id.partition("#")[0] not in known:
             raise BadInput(f"The bundles have no id `{id}`{did_you_mean(id, known) or '.'}")

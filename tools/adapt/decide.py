@@ -18,6 +18,7 @@ from custom.engine.config_check import unused_ids
 from custom.errors import BadInput
 from custom.speed.malloc import keep_freed_memory
 from tools.adapt.measure import Case, sides
+from tools.resenc import architecture, bare, is_resenc
 from tools.verify import ENTRY_POINTS
 
 SHOWN = 60  # characters of a value in the plan
@@ -42,9 +43,10 @@ VALIDATIONS = 0.1  # share of it
 
 
 class Task(NamedTuple):
-    """What is to be decided for: the bundle, the cases to train on and to validate, and what the user said."""
+    """What is to be decided for: the bundle, its start, the cases to train on and to validate, what the user said."""
 
     bundle: Path
+    start: dict[str, Any]
     cases: list[Case]
     held_out: list[Case]
     labels: list[str]
@@ -133,10 +135,15 @@ class Plan:
         self.lines.append(f"- `{id}` {value if len(value) <= SHOWN else value[:SHOWN] + ' ...'}: {why}.")
 
 
-def recipe(bundle: Path) -> dict[str, Any]:
-    """Return the training config of a bundle with its preset for any task, and without what that leaves unused."""
+def recipe(bundle: Path, start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training config of a bundle with its preset for any task, and without what that leaves unused.
+
+    Args:
+        start: see `start_of`; the bundle has its network.
+    """
     parser = ConfigParser()
-    parser.read_config([str(bundle / f"configs/{name}.json") for name in ("train", "field")])
+    overlays = ("train", "field", *(["resenc"] if "n_blocks_per_stage" in start else []))
+    parser.read_config([str(bundle / f"configs/{name}.json") for name in overlays])
     config = {id: value for id, value in parser.get().items() if id != "_meta_"}
     return {id: config[id] for id in config.keys() - (unused_ids(config) - ENTRY_POINTS)}
 
@@ -198,34 +205,46 @@ def coarsened(spacing_mm: np.ndarray, extent_mm: np.ndarray, most: float, compon
 
 
 def start_of(pretrained: str | None) -> dict[str, Any]:
-    """Return what pre-trained weights fix: feature_size, window_size, and pixdim_mm where that is known.
+    """Return what pre-trained weights fix: feature_size, pixdim_mm where that is known, and what makes their network.
+
+    That is the window_size of a Swin UNETR, or the n_blocks_per_stage of a residual-encoder U-Net.
 
     Raises:
-        BadInput: for a file without the weights of a Swin transformer.
+        BadInput: for a file without the weights of either.
     """
     if pretrained is None:
         return {}
-    sizes = {name.rpartition("layers1.0.blocks.0.")[2]: len(value) for name, value in read_weights(pretrained).items()}
-    try:
-        width, offsets = sizes["norm1.weight"], sizes["attn.relative_position_bias_table"]
-    except KeyError:
-        raise BadInput(f"{pretrained} has no Swin transformer; name the model.pt of a pre-training.") from None
+    weights = read_weights(pretrained)
     settings = (training_of(weights_file(pretrained)) or {}).get("settings") or {}
+    spacing = {"pixdim_mm": settings.get("pixdim_mm")}
+    if is_resenc(weights):
+        sizes = architecture({bare(name): value for name, value in weights.items()})
+        return spacing | {
+            "feature_size": sizes["features_per_stage"][0],
+            "n_blocks_per_stage": sizes["n_blocks_per_stage"],
+        }
+    lengths = {name.rpartition("layers1.0.blocks.0.")[2]: len(value) for name, value in weights.items()}
+    try:
+        width, offsets = lengths["norm1.weight"], lengths["attn.relative_position_bias_table"]
+    except KeyError:
+        raise BadInput(
+            f"{pretrained} has neither a Swin transformer nor a residual-encoder U-Net; name the model.pt of a "
+            "pre-training."
+        ) from None
     window = (round(offsets ** (1 / 3)) + 1) // 2  # each axis has 2 * window - 1 offsets
-    return {"feature_size": width, "window_size": window, "pixdim_mm": settings.get("pixdim_mm")}
+    return spacing | {"feature_size": width, "window_size": window}
 
 
 def decide(task: Task) -> Plan:
-    """Decide the ids of a bundle for a task; see `start_of` for what it raises."""
+    """Decide the ids of a bundle for a task."""
     plan = Plan(task.options.ids)
     plan.set("labels", task.labels, "the ids in the label maps, with the names that the data list has for them")
     plan.set("modality", task.modality, "as the data list says, or the values of the scans tell")
     plan.set("in_channels", task.channels, "files of a case, or channels of its file")
     decide_intensity(plan, task)
     decide_flips(plan, task)
-    start = start_of(task.options.pretrained)
-    budget = decide_network(plan, task, start)
-    decide_length(plan, task, budget, decide_grid(plan, task, budget, start))
+    budget = decide_network(plan, task)
+    decide_length(plan, task, budget, decide_grid(plan, task, budget))
     decide_ensemble(plan, task)
     note_classes(plan, task)
     return plan
@@ -257,24 +276,31 @@ def decide_flips(plan: Plan, task: Task) -> None:
     plan.set("flip_axes", [1, 2] if pairs else [0, 1, 2], why)
 
 
-def decide_network(plan: Plan, task: Task, start: dict[str, Any]) -> Budget:
-    """Decide batch, width and window of the network, and return what its training may take."""
-    config = ConfigParser(recipe(task.bundle))
+def decide_network(plan: Plan, task: Task) -> Budget:
+    """Decide batch, width and window or depth of the network, and return what its training may take."""
+    known, start = recipe(task.bundle, task.start), task.start
+    config = ConfigParser(known)
     gpu = torch.device(config.get_parsed_content("device")).type == "cuda"
     minutes, memory = task.options.minutes, task.options.memory * 2**30
     loading = sum(case.seconds for case in [*task.cases, *task.held_out])
     seconds = TRAINING * max(60 * minutes - START_SECONDS - loading, 6 * minutes)
     why = "many small updates are ahead of few large ones, and crops of two cases of twice as many of one"
     crops = plan.set("batch_size", 2, why) * plan.set("crops_per_volume", 1, "as above")
-    window = start.get("window_size", 7 if gpu else 4)
-    why = "7 takes three times as long as 4 with small patches; on a GPU patches are large"
-    plan.set("network_def#window_size", window, "the pre-training's" if start else why)
+    if "n_blocks_per_stage" in start:
+        size = {"network_def#n_blocks_per_stage": start["n_blocks_per_stage"]}
+        why = "the pre-training's, a residual-encoder U-Net"
+    else:
+        size = {"network_def#window_size": start.get("window_size", 7 if gpu else 4)}
+        why = "7 takes three times as long as 4 with small patches; on a GPU patches are large"
+        why = "the pre-training's" if start else why
+    for id, value in size.items():
+        plan.set(id, value, why)
     fixed = plan.given.get("feature_size", start.get("feature_size"))
     found: list[tuple[int, Budget]] = []
     for width in [fixed] if fixed else WIDTHS:
-        known = {"labels": task.labels, "in_channels": task.channels, "feature_size": width}
-        known |= {"network_def#window_size": window, "patch_size": [96, 96, 96] if gpu else SMALLEST}
-        budget = Budget(seconds, memory, *cost(recipe(task.bundle), known), crops)
+        ids = {"labels": task.labels, "in_channels": task.channels, "feature_size": width, **size}
+        ids["patch_size"] = [96, 96, 96] if gpu else SMALLEST
+        budget = Budget(seconds, memory, *cost(known, ids), crops)
         if found and budget.iterations(SMALLEST) < WIDE_ENOUGH:
             break
         found.append((width, budget))
@@ -285,7 +311,7 @@ def decide_network(plan: Plan, task: Task, start: dict[str, Any]) -> Budget:
     return budget
 
 
-def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -> np.ndarray:
+def decide_grid(plan: Plan, task: Task, budget: Budget) -> np.ndarray:
     """Decide spacing and patch, and return the extent (3,) of a scan in voxels."""
     spacing_mm = np.median([case.spacing_mm for case in task.cases], axis=0)
     extent_mm = np.quantile([case.extent_mm for case in task.cases], LARGE, axis=0)
@@ -301,10 +327,10 @@ def decide_grid(plan: Plan, task: Task, budget: Budget, start: dict[str, Any]) -
     least_mm = extent_mm / (np.array(patch) - 0.5)  # rounded, a scan still fits into a patch
     if (pixdim_mm < least_mm).any() and (least_mm < FITS * pixdim_mm).all():
         pixdim_mm, why = np.maximum(pixdim_mm, least_mm), f"{why}; here a patch holds a whole one"
-    known = start.get("pixdim_mm")
+    known = task.start.get("pixdim_mm")
     if known and max(abs(np.log(np.divide(known, pixdim_mm)))) < np.log(NEAR):
         pixdim_mm, why = np.array(known), f"the pre-training's, near {_mm(pixdim_mm)}; {why}"
-    elif start:
+    elif task.start:
         plan.notes.append(f"The pre-training's spacing, {known or 'that of each scan'}, does not fit, and is left.")
     spacing = plan.set("pixdim_mm", [float(f"{mm:.3g}") for mm in pixdim_mm], why) or spacing_mm
     extent = extent_mm / spacing

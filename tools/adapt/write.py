@@ -13,7 +13,7 @@ from tools.adapt.decide import Plan, Task, middle, recipe
 
 README = """# {name}
 
-A Swin UNETR that segments {classes} in {modality}. It was adapted to its data by `tools.adapt` of DAE Bundles;
+A {network} that segments {classes} in {modality}. It was adapted to its data by `tools.adapt` of DAE Bundles;
 [the plan](../configs/plan.md) says what was measured and decided. Where the bundle has weights, in `models/`,
 `docs/training.json` says how they were trained. Research only, not for clinical use.
 
@@ -47,23 +47,24 @@ def write(task: Task, plan: Plan, out: Path) -> None:
     ):
         (out / name).unlink(missing_ok=True)
     train, whole = out / "configs/train.json", read_json(out / "configs/train.json")
-    known = recipe(task.bundle)
+    known = recipe(task.bundle, task.start)
     write_json(train, {id: known[id] for id in [*whole, *known] if id in known})
-    apply(plan.ids, out, plan.ensemble)
+    apply({"network_def": known["network_def"], **plan.ids}, out, plan.ensemble)
     file = out / "configs/metadata.json"
     metadata = read_json(file)
     classes = ", ".join(task.labels[1:])
+    network = "residual-encoder U-Net" if "n_blocks_per_stage" in task.start else "Swin UNETR"
     metadata |= {
         "name": out.name,
         "task": f"Segmentation of {classes} in {task.modality.upper()}",
-        "description": f"A Swin UNETR that segments {classes} in {task.modality.upper()}",
+        "description": f"A {network} that segments {classes} in {task.modality.upper()}",
         "data_source": "see docs/data_license.txt",
         "image_classes": f"{task.channels} channel(s) of {task.modality.upper()}",
         "references": metadata["references"][1:],
     }
     write_json(file, metadata)
     rows = "\n".join(f"| {id} | {name} |" for id, name in enumerate(task.labels))
-    words = {"name": out.name, "classes": classes, "modality": task.modality.upper(), "rows": rows}
+    words = {"name": out.name, "network": network, "classes": classes, "modality": task.modality.upper(), "rows": rows}
     write_text(out / "docs/README.md", README.format(**words))
     data = "The data is not part of this bundle. Name its source and licence here.\n"
     write_text(out / "docs/data_license.txt", data)
