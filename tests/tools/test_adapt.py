@@ -203,6 +203,18 @@ def test_weights_fix_the_network_and_their_spacing_is_kept_where_it_fits(quick, 
     assert "The pre-training's spacing, that of each scan, does not fit" in plan
 
 
+def test_a_pre_training_of_another_window_is_told(quick, tmp_path):
+    weights = SwinUNETR(in_channels=1, out_channels=1, feature_size=24, window_size=4).state_dict()
+    for number, (low, high) in enumerate(((-1000, 1000), (-75, 200))):
+        weights.training = {"settings": {"modalities": {"ct": {"a_min": low, "a_max": high}}}}
+        torch.save(weights, tmp_path / "model.pt")
+        start = ["--pretrained", str(tmp_path / "model.pt")]
+        config, plan = adapted(write_cases(tmp_path, ct=True), tmp_path / f"out{number}", *start)
+        window = [config["intensity"][name] for name in ("a_min", "a_max")]
+        assert window == [-75, 200]
+        assert (f"The pre-training saw {low} to {high} HU, and this training sees -75 to 200." in plan) is (number == 0)
+
+
 def test_a_residual_encoder_starts_a_bundle_of_its_network(quick, tmp_path):
     """And the training takes the weights, all but the output layer."""
     network = autoencoder(backbone="resenc")

@@ -205,9 +205,10 @@ def coarsened(spacing_mm: np.ndarray, extent_mm: np.ndarray, most: float, compon
 
 
 def start_of(pretrained: str | None) -> dict[str, Any]:
-    """Return what pre-trained weights fix: feature_size, pixdim_mm where that is known, and what makes their network.
+    """Return what pre-trained weights fix: feature_size, pixdim_mm and ct where they are known, and their network.
 
-    That is the window_size of a Swin UNETR, or the n_blocks_per_stage of a residual-encoder U-Net.
+    That is the window_size of a Swin UNETR, or the n_blocks_per_stage of a residual-encoder U-Net. "ct" is what CT was
+    scaled by.
 
     Raises:
         BadInput: for a file without the weights of either.
@@ -216,10 +217,10 @@ def start_of(pretrained: str | None) -> dict[str, Any]:
         return {}
     weights = read_weights(pretrained)
     settings = (training_of(weights_file(pretrained)) or {}).get("settings") or {}
-    spacing = {"pixdim_mm": settings.get("pixdim_mm")}
+    known = {"pixdim_mm": settings.get("pixdim_mm"), "ct": (settings.get("modalities") or {}).get("ct")}
     if is_resenc(weights):
         sizes = architecture({bare(name): value for name, value in weights.items()})
-        return spacing | {
+        return known | {
             "feature_size": sizes["features_per_stage"][0],
             "n_blocks_per_stage": sizes["n_blocks_per_stage"],
         }
@@ -232,7 +233,7 @@ def start_of(pretrained: str | None) -> dict[str, Any]:
             "pre-training."
         ) from None
     window = (round(offsets ** (1 / 3)) + 1) // 2  # each axis has 2 * window - 1 offsets
-    return spacing | {"feature_size": width, "window_size": window}
+    return known | {"feature_size": width, "window_size": window}
 
 
 def decide(task: Task) -> Plan:
@@ -264,6 +265,17 @@ def decide_intensity(plan: Plan, task: Task) -> None:
         why = f"80 % {all_but} lie in {low:.0f} to {high:.0f} HU; {MARGIN_HU} are added"
         plan.set("intensity#a_min", 25 * math.floor(low / 25) - MARGIN_HU, why)
         plan.set("intensity#a_max", 25 * math.ceil(high / 25) + MARGIN_HU, "as above")
+        window = [plan.ids["intensity#a_min"], plan.ids["intensity#a_max"]]
+        seen = [
+            (task.start.get("ct") or {}).get(name, value)
+            for name, value in zip(("a_min", "a_max"), window, strict=True)
+        ]
+        if seen != window:
+            plan.notes.append(
+                f"The pre-training saw {seen[0]:g} to {seen[1]:g} HU, and this training sees {window[0]:g} to "
+                f"{window[1]:g}. To pre-train for it: --modalities#ct#a_min {window[0]:g} --modalities#ct#a_max "
+                f"{window[1]:g}."
+            )
     else:
         why = "values of MRI have no unit"
         plan.tell("intensity", "z-score of what is not zero", why)
