@@ -170,7 +170,7 @@ def finish(folder: Path, arguments: list[str], threads: int) -> None:
         BadInput: for a command that fails, with what it said.
     """
     if seconds_of(folder, arguments) is not None:
-        return
+        return drop_states(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record, log = folder / RECORD, folder / "log.txt"
     record.write_text(json.dumps({"command": arguments, "seconds": None}, indent=4))
@@ -187,7 +187,12 @@ def finish(folder: Path, arguments: list[str], threads: int) -> None:
         raise BadInput(f"A run has failed, see {log}: {''.join(log.read_text().strip().splitlines()[-1:])}")
     cpu_seconds = usage.ru_utime + usage.ru_stime
     write_json(record, {"command": arguments, "seconds": time.monotonic() - started, "cpu_seconds": cpu_seconds})
-    for state in folder.glob("checkpoint_*.pt"):  # nothing goes on from them, and they are most of the folder
+    drop_states(folder)
+
+
+def drop_states(folder: Path) -> None:
+    """Remove the checkpoints of a finished run: nothing goes on from them, and they are most of the folder."""
+    for state in folder.glob("checkpoint_*.pt"):
         state.unlink()
 
 

@@ -117,7 +117,7 @@ def answers(found: Found) -> list[str]:
             gain, (low, high) = (ours - theirs).mean(), interval(ours - theirs)
             sure = "more than chance" if low > 0 or high < 0 else "no more than chance"
             text = (
-                f"With {count} labels, {method} {'gains' if gain >= 0 else 'loses'} {abs(gain):.3f} Dice after {last} "
+                f"With {count} label{'s' * (count > 1)}, {method} {'gains' if gain >= 0 else 'loses'} {abs(gain):.3f} Dice after {last} "
                 f"iterations (95 % interval {low:+.3f} to {high:+.3f}, {sure}): {ours.mean():.3f} against "
                 f"{theirs.mean():.3f} from scratch."
             )
