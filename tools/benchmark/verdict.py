@@ -116,10 +116,10 @@ def answers(found: Found) -> list[str]:
                 continue
             gain, (low, high) = (ours - theirs).mean(), interval(ours - theirs)
             sure = "more than chance" if low > 0 or high < 0 else "no more than chance"
+            few, gains = f"{count} label{'s' * (count > 1)}", "gains" if gain >= 0 else "loses"
             text = (
-                f"With {count} label{'s' * (count > 1)}, {method} {'gains' if gain >= 0 else 'loses'} {abs(gain):.3f} Dice after {last} "
-                f"iterations (95 % interval {low:+.3f} to {high:+.3f}, {sure}): {ours.mean():.3f} against "
-                f"{theirs.mean():.3f} from scratch."
+                f"With {few}, {method} {gains} {abs(gain):.3f} Dice after {last} iterations (95 % interval {low:+.3f} to "
+                f"{high:+.3f}, {sure}): {ours.mean():.3f} against {theirs.mean():.3f} from scratch."
             )
             lengths = found.lengths(count)
             if len(lengths) > 1:
