@@ -102,7 +102,7 @@ def table(found: Found) -> str:
                 apart = ", ".join(f"{difference:+.3f}" for difference in seeds)
                 p = [f"{p_value(ours, theirs, by_case):.2g}" for by_case in (False, True)]
                 tests.append([*column, rival, f"{np.mean(seeds):+.4f}", apart, *p])
-    return f"{markdown_table(means)}\n\n{markdown_table(tests)}\n"
+    return "\n\n".join(markdown_table(rows) for rows in (means, tests) if len(rows) > 1) + "\n"
 
 
 def answers(found: Found) -> list[str]:
@@ -118,8 +118,8 @@ def answers(found: Found) -> list[str]:
             sure = "more than chance" if low > 0 or high < 0 else "no more than chance"
             few, gains = f"{count} label{'s' * (count > 1)}", "gains" if gain >= 0 else "loses"
             text = (
-                f"With {few}, {method} {gains} {abs(gain):.3f} Dice after {last} iterations (95 % interval {low:+.3f} to "
-                f"{high:+.3f}, {sure}): {ours.mean():.3f} against {theirs.mean():.3f} from scratch."
+                f"With {few}, {method} {gains} {abs(gain):.3f} Dice after {last} iterations (95 % interval {low:+.3f} "
+                f"to {high:+.3f}, {sure}): {ours.mean():.3f} against {theirs.mean():.3f} from scratch."
             )
             lengths = found.lengths(count)
             if len(lengths) > 1:
