@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 pytest.importorskip("triton")
 
 from tools.studies.fused_norm import fused_norm  # noqa: E402

@@ -90,7 +90,7 @@ CANDIDATES: dict[str, tuple[frozenset[str], int, float | None]] = {
     "torch.compile, reduce-overhead": (frozenset({"compile:reduce-overhead"}), 1, 38),
 }
 TOLERANCE = 2, 1e-3  # times the error of the step itself, and in single precision, where that one has none
-PATIENCE = {"torch.compile, reduce-overhead": 180}  # seconds, of a part; of others a minute
+PATIENCE = {"torch.compile, backend cudagraphs": 120, "torch.compile, reduce-overhead": 180}  # seconds, at least
 FAMILIES = {
     "convolutions": "conv",
     "instance norm": "group_norm|instance_norm",
@@ -609,7 +609,8 @@ def run(options: argparse.Namespace) -> None:
     worker, results = Worker(settings), []
     for name in names:
         left = end - time.monotonic()
-        result = worker(name, min(left, PATIENCE.get(name, 60))) if left > 0 else {"failed": "no time was left"}
+        patience = min(left, max(options.patience, PATIENCE.get(name, 0)))
+        result = worker(name, patience) if left > 0 else {"failed": "no time was left"}
         results.append({"part": name, **result, "torch": torch.__version__})
         with (options.out / "gpu_step.jsonl").open("a") as file:
             file.write(json.dumps(results[-1]) + "\n")
@@ -623,6 +624,7 @@ def run(options: argparse.Namespace) -> None:
 def arguments(add: Callable) -> None:
     add("out", metavar="OUT", type=Path, help="folder to write to; results are added to those there")
     add("--minutes", type=float, default=5, metavar="N", help="after which nothing more is measured (%(default)s)")
+    add("--patience", type=float, default=60, metavar="N", help="seconds for each part (%(default)s; on a CPU more)")
     add("--feature_size", type=int, default=48, metavar="N", help="of the network (%(default)s)")
     add("--patch_size", type=int, nargs=3, default=[96] * 3, metavar="N", help="in voxels (96 96 96)")
     add("--steps", type=int, default=10, metavar="N", help="timed together, three times (%(default)s)")

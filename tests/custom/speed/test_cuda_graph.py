@@ -18,10 +18,6 @@ from torch.utils._pytree import tree_leaves
 from custom.speed.cuda_graph import CUDAGraphInferer
 from tests.conftest import autoencoder, fork_server
 
-gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest FILE"
-)
-
 
 def train(inferer, network, images, zero_grad, autocast=False):
     """Train for a step on each image and return the losses and, of the last step, output and gradients."""
@@ -40,7 +36,7 @@ def train(inferer, network, images, zero_grad, autocast=False):
     return losses, restored.detach().float(), gradient
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("zero_grad", [lambda o: o.zero_grad(), lambda o: o.zero_grad(False), lambda o: None])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 2e-3), (True, 5e-2)])
 def test_a_replayed_training_is_the_training(zero_grad, autocast, tolerance):
@@ -56,7 +52,7 @@ def test_a_replayed_training_is_the_training(zero_grad, autocast, tolerance):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_is_masked_is_drawn_anew_and_recording_draws_nothing():
     network = autoencoder().cuda().train()
     image, inferer = torch.rand(1, 1, 64, 64, 64, device="cuda"), CUDAGraphInferer()
