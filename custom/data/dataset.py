@@ -152,8 +152,8 @@ def check_cache(data: Sequence[dict], transform: Any, rate: float) -> None:
     size *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if size > memory_bytes():
         raise BadInput(
-            f"{rate:.0%} of the {len(scans)} scans would be kept in memory, {size / 2**30:.3g} GiB in all processes of "
-            f"this machine, which has {memory_bytes() / 2**30:.3g} GiB: make a store by `python -m tools.prepare` and "
+            f"{rate:.0%} of the {len(scans)} scans would be kept in memory, {size / 2**30:,.1f} GiB in all processes "
+            f"here; this machine has {memory_bytes() / 2**30:,.1f} GiB: make a store by `python -m tools.prepare` and "
             f"give --store, or give --cache_rate {rate * memory_bytes() / size / 2:.1g} or less."
         )
 

@@ -544,7 +544,7 @@ class Worker:
     def __call__(self, name: str, patience: float) -> dict[str, Any]:
         if self.process is None:
             context = get_context("forkserver")  # a server that has imported what takes seconds
-            context.set_forkserver_preload(["tools.studies.gpu_step"])
+            context.set_forkserver_preload(["tools.studies.speed", "torch._inductor.config"])
             self.connection, theirs = context.Pipe()
             self.process = context.Process(target=work_off, args=(theirs, self.settings), daemon=True)
             self.process.start()
