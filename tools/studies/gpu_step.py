@@ -489,7 +489,7 @@ def iteration(settings: dict[str, Any]) -> dict[str, Any]:
     losses = torch.rand(3, device=device())
     work: dict[str, Callable[[], Any]] = {
         "a batch to the device": lambda: pinned.to(device()),
-        "disruption": lambda: disrupt(image),
+        "disruption": lambda: disrupt(image[0]),
         "gradients to None": step.optimizer.zero_grad,
         "forward, loss, backward": lambda: step.loss(step.forward(), step.target).backward(),
         "optimizer": step.optimizer.step,
