@@ -3,3 +3,5 @@
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+if not os.environ["CUDA_VISIBLE_DEVICES"]:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, where that is installed

@@ -40,6 +40,15 @@ BACKBONES = {
 each_backbone = pytest.mark.parametrize("backbone", BACKBONES)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest -m gpu")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def server_of_forks() -> None:
     """Start it before anything else starts one, which would import less, so that each run would take seconds more."""

@@ -1,17 +1,24 @@
 """Samples that depend on the seed, the epoch and the case alone, and a policy for cases that can't be read."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
 import torch
 from monai.data import CacheDataset, DistributedSampler
+from monai.transforms import CropForegroundd, Spacingd
 
 from custom.data.datalist import case_name
+from custom.data.nifti import fault_of_header, read_header
+from custom.data.store import Stored
 from custom.errors import BadInput, user_message
 
+SAMPLED = 200  # headers that are read to estimate a cache
+MOST_PACKED = 1032  # bytes that gzip can make of one
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +59,8 @@ class CaseDataset(CacheDataset):
         kwargs: see `CacheDataset`.
 
     Raises:
-        BadInput: for an unknown policy, or when too many cases fail; with "stop" also what the transform raises.
+        BadInput: for an unknown policy, for a cache that can't fit (see `check_cache`), or when too many cases fail;
+            with "stop" also what the transform raises.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class CaseDataset(CacheDataset):
         # In shared memory, so that what one worker finds all know, and in the next epoch too.
         self.bad = torch.zeros(len(data), dtype=torch.bool).share_memory_()
         self.lock = torch.multiprocessing.Lock()
+        check_cache(data, transform, kwargs.get("cache_rate", 1.0))
         super().__init__(data, transform, **kwargs)
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
@@ -112,6 +121,63 @@ class CaseDataset(CacheDataset):
                 f"{int(self.bad.sum())} of {len(self)} items can't be read, more than --max_bad_share "
                 f"{self.max_bad_share:g}; the last: {user_message(error) or f'{case}: {error}'}"
             ) from error
+
+
+def check_cache(data: Sequence[dict], transform: Any, rate: float) -> None:
+    """Refuse to cache scans that the machine's memory can't hold, before the first of them is read.
+
+    The least that they take is known from their headers: 4 bytes for each voxel after resampling, in each process of
+    the machine. Of scans from a store, or whose foreground is cropped, it is not.
+
+    Args:
+        data: items, whose "image" is a file or several.
+        transform: of them, which begins with `Stored`.
+        rate: share of the scans that is cached.
+
+    Raises:
+        BadInput: for more than the machine's memory.
+    """
+    first = next(iter(getattr(transform, "transforms", ())), None)
+    scans = list(
+        {str(item["image"]): item["image"] for item in data if isinstance(item.get("image"), str | list)}.values()
+    )
+    if not (isinstance(first, Stored) and first.store is None and scans and rate):
+        return
+    steps = first.transforms.transforms
+    if any(isinstance(step, CropForegroundd) for step in steps):
+        return
+    pixdims = [step.spacing_transform.pixdim for step in steps if isinstance(step, Spacingd)]
+    some = scans[:: len(scans) // SAMPLED + 1]
+    size = sum(bytes_of(scan, pixdims) for scan in some) / len(some) * len(scans) * rate
+    size *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if size > memory_bytes():
+        raise BadInput(
+            f"{rate:.0%} of the {len(scans)} scans would be kept in memory, {size / 2**30:,.1f} GiB in all processes "
+            f"here; this machine has {memory_bytes() / 2**30:,.1f} GiB: make a store by `python -m tools.prepare` and "
+            f"give --store, or give --cache_rate {rate * memory_bytes() / size / 2:.1g} or less."
+        )
+
+
+def bytes_of(scan: str | Sequence[str], pixdims: Sequence[Any]) -> float:
+    """Return what a scan takes in memory, by its header: 0 for a damaged one, which the loader tells better."""
+    files = [scan] if isinstance(scan, str) else scan
+    try:
+        header = read_header(files[0])
+        voxels = np.prod(header.get_data_shape(), dtype=float)
+        if fault_of_header(header) or voxels > MOST_PACKED * os.path.getsize(files[0]):
+            return 0
+    except Exception:
+        return 0
+    return float(4 * len(files) * voxels * (np.prod(header.get_zooms()[:3]) / np.prod(pixdims[0]) if pixdims else 1))
+
+
+def memory_bytes() -> int:
+    """Return the memory of the machine, or what a container may take of it."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
 
 
 def derive_seed(*numbers: int) -> int:

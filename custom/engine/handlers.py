@@ -1,7 +1,12 @@
-"""Handlers of MONAI's engines that a config names: stop at NaN, log of metrics, what is printed at the end."""
+"""Handlers of engines that a config names: stop at NaN, log of metrics, forecast, what is printed at the end."""
 
+import itertools
 import json
 import logging
+import resource
+import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,9 +16,10 @@ from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch.nn.utils import get_total_norm
 
-from custom.data.dataset import CaseDataset
+from custom.data.dataset import CaseDataset, memory_bytes
 from custom.errors import BadInput
 from custom.evaluation.metrics import not_learnt
+from custom.evaluation.report import duration
 from custom.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -92,6 +98,40 @@ class MetricsLog:
         write_text(self.path, "\n".join(lines) + "\n")
         values = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         logger.info(f"Epoch {state.epoch} of {state.max_epochs}: {values}")
+
+
+class Forecast:
+    """Say in the log, once, after some iterations of a start, how long the training will take and what memory it has.
+
+    The time is that of the iterations, of the median one: the first few, which set things up, and the validations
+    between epochs do not count. Memory is the most so far, without the workers of the data loader.
+    """
+
+    FIRST, TIMED = 3, 10  # iterations
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []  # of iterations, in seconds
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        self.ends.append(time.perf_counter())
+        if len(self.ends) != self.FIRST + self.TIMED:
+            return
+        engine.remove_event_handler(self, Events.ITERATION_COMPLETED)
+        ends, state = self.ends[self.FIRST - 1 :], engine.state
+        seconds = statistics.median(end - before for before, end in itertools.pairwise(ends))
+        left = state.max_epochs * state.epoch_length - state.iteration
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10)
+        memory = f"{peak / 2**30:.2g} of {memory_bytes() / 2**30:.3g} GiB"
+        if torch.cuda.is_available():
+            total = torch.cuda.mem_get_info()[1]
+            memory += f", on the GPU {torch.cuda.max_memory_reserved() / 2**30:.2g} of {total / 2**30:.3g} GiB"
+        logger.info(
+            f"About {duration(left * seconds)} to go: {left} iterations of {seconds:.3g} s, and the validations. "
+            f"Memory: {memory}."
+        )
 
 
 class TrainingSummary:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from monai.inferers import SimpleInferer
 from torch import nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 
 
 class CUDAGraphInferer(SimpleInferer):
@@ -16,8 +19,11 @@ class CUDAGraphInferer(SimpleInferer):
 
     A training step of a Swin UNETR launches thousands of small kernels, which can take a CPU longer than it takes the
     GPU to run them. The first training batch is recorded, forward and backward, and batches of its shape are replayed.
-    All else is run as it comes: other shapes, evaluation, a CPU, several processes, gradient checkpointing, which can't
-    be recorded. Weights that do not require gradients at the first batch get none later.
+    All else is run as it comes: other shapes, evaluation, a CPU, gradient checkpointing, which can't be recorded.
+    Weights that do not require gradients at the first batch get none later.
+
+    With several processes the network within `DistributedDataParallel` is recorded, and its gradients are averaged
+    after the backward pass, in one call; not under `no_sync`.
 
     Memory that the recording uses is kept as long as the inferer.
 
@@ -36,7 +42,11 @@ class CUDAGraphInferer(SimpleInferer):
 
     def __call__(self, inputs: torch.Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = inputs.device.type != self.device_type or not network.training
-        plain |= isinstance(network, DistributedDataParallel)
+        if isinstance(network, DistributedDataParallel) and not plain:
+            outputs = self(inputs, network.module, *args, **kwargs)
+            if network.require_backward_grad_sync:
+                average_after_backward(outputs, network)
+            return outputs
         if plain or any(getattr(module, "use_checkpoint", False) for module in network.modules()):
             return super().__call__(inputs, network, *args, **kwargs)
         if self.recording is None:
@@ -44,6 +54,24 @@ class CUDAGraphInferer(SimpleInferer):
         if inputs.shape != self.recording.inputs.shape:
             return super().__call__(inputs, network, *args, **kwargs)
         return self.recording(inputs)
+
+
+def average_after_backward(outputs: Any, network: DistributedDataParallel) -> None:
+    """Average the network's gradients over the processes as soon as a backward pass from its outputs has ended."""
+
+    def average() -> None:
+        gradients = [weight.grad for weight in network.module.parameters() if weight.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / network.process_group.size()
+        dist.all_reduce(flat, group=network.process_group)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    # Called by the first gradient to come; what it queues is called when all have been added to the weights'.
+    backward = torch.autograd.Variable._execution_engine
+    leaves = [output for output in tree_leaves(outputs) if output.requires_grad]
+    if leaves:
+        register_multi_grad_hook(leaves, lambda _: backward.queue_callback(average), mode="any")
 
 
 class Recording:

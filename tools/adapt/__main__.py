@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from custom.data import read_datalist
 from custom.data.datalist import SECTIONS
+from custom.data.dataset import memory_bytes
 from custom.errors import BadInput
 from custom.files import read_json
 from custom.text import did_you_mean
 from tools._cli import ROOT, near, say, tool
-from tools.adapt.decide import Task, decide, ram, recipe, start_of
+from tools.adapt.decide import Task, decide, recipe, start_of
 from tools.adapt.measure import channels_of, measure, names_of
 from tools.adapt.write import write
 from tools.verify import quiet
@@ -83,7 +84,7 @@ def adapt(options: argparse.Namespace) -> None:
 
 
 def arguments(add: Callable) -> None:
-    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else ram() / 2
+    memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else memory_bytes() / 2
     add("datalist", metavar="DATALIST.json", help="labelled cases to train on and to validate, of tools.datalist")
     add("out", type=Path, metavar="OUT_BUNDLE", help="folder to write; its name is the bundle's")
     add("--minutes", type=float, default=60, help="that the training may take on this machine (%(default)s)")

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 
+from custom.data.dataset import memory_bytes
 from custom.engine.checkpoint import read_weights, training_of, weights_file
 from custom.engine.config_check import unused_ids
 from custom.errors import BadInput
@@ -392,8 +392,9 @@ def decide_length(plan: Plan, task: Task, budget: Budget, extent: np.ndarray) ->
     why = f"a validation takes about {validation:.0f} s, {math.prod(windows)} windows a scan"
     plan.set("val_interval", interval, why)
     size = len(task.cases) * extent.prod() * (4 * task.channels + 1)
-    why = f"the prepared scans take {size / 2**30:.2g} GiB, half of the machine's memory is {ram() / 2**31:.3g}"
-    plan.set("cache_rate", math.floor(100 * min(1, ram() / 2 / size)) / 100, why)
+    half = memory_bytes() / 2
+    why = f"the prepared scans take {size / 2**30:.2g} GiB, half of the machine's memory is {half / 2**30:.3g}"
+    plan.set("cache_rate", math.floor(100 * min(1, half / size)) / 100, why)
 
 
 def decide_ensemble(plan: Plan, task: Task) -> None:
@@ -437,11 +438,6 @@ def note_classes(plan: Plan, task: Task) -> None:
             )
     if empty := sum(not case.classes for case in [*task.cases, *task.held_out]):
         plan.notes.append(f"{empty} label maps are empty; they teach what is background.")
-
-
-def ram() -> float:
-    """Return the bytes of the machine's memory."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _by(numbers: np.ndarray) -> str:

@@ -1,13 +1,19 @@
 from collections import Counter
+from pathlib import Path
+from unittest.mock import MagicMock
 
+import nibabel
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from monai.data import DataLoader
-from monai.transforms import Compose, EnsureTyped, Lambdad, RandGaussianNoised
+from monai.transforms import Compose, EnsureTyped, Lambdad, RandGaussianNoised, Spacingd
 
-from custom.data.dataset import CaseDataset, EpochSampler, derive_seed
+from custom.data.dataset import CaseDataset, EpochSampler, derive_seed, memory_bytes
+from custom.data.loading import LoadScand
+from custom.data.store import Stored
 from custom.errors import BadInput, user_message
 
 
@@ -110,3 +116,56 @@ def test_too_many_bad_cases_stop(caplog):
 @given(st.lists(st.integers(0, 2**32), min_size=1, max_size=4))
 def test_mix_is_a_seed(numbers):
     assert 0 <= derive_seed(*numbers) < 2**32 and derive_seed(*numbers) == derive_seed(*numbers)
+
+
+@pytest.fixture
+def large_scans(tmp_path) -> list[dict]:
+    """Two scans of 10 x 20 x 30 voxels of 1 x 2 x 3 mm, the first of which is listed twice."""
+    paths = [str(tmp_path / f"{n}.nii.gz") for n in range(2)]
+    for n, path in enumerate(paths):
+        image = np.random.default_rng(n).integers(-9, 9, (10, 20, 30)).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(image, np.diag([1, 2, 3, 1])), path)
+    return [{"image": path, "modality": "ct"} for path in (paths[0], *paths)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "rate", "processes", "values"),
+    [
+        ([], 1.0, 1, 2 * 10 * 20 * 30),
+        ([], 0.5, 3, 3 * 10 * 20 * 30),
+        ([Spacingd("image", (2, 2, 2))], 1.0, 1, 2 * 5 * 20 * 45),
+    ],
+)
+def test_a_cache_that_can_not_fit_is_refused_before_a_scan_is_read(
+    steps, rate, processes, values, large_scans, monkeypatch
+):
+    """The bytes are those that the cached volumes have, or after resampling less by a voxel of a side."""
+    transform = Compose([Stored("image", [LoadScand("image"), *steps])])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr("custom.data.dataset.memory_bytes", lambda: int(4.1 * values))
+    cached = CaseDataset(large_scans, transform, cache_rate=rate, progress=False, num_workers=0, hash_as_key=True)
+    found = sum(item["image"].numel() * item["image"].element_size() for item in cached._cache)
+    assert found == pytest.approx(4 * values / processes, rel=0.2 if steps else 0) or rate < 1
+    monkeypatch.setattr("custom.data.dataset.memory_bytes", lambda: int(3.8 * values))
+    monkeypatch.setattr(LoadScand, "load", MagicMock(side_effect=AssertionError("a scan was read")))
+    with pytest.raises(BadInput, match=r"of the 2 scans .+ GiB.+ tools\.prepare"):
+        CaseDataset(large_scans, transform, cache_rate=rate, progress=False, num_workers=0, hash_as_key=True)
+    CaseDataset(large_scans, transform, cache_rate=0, progress=False, num_workers=0)
+
+
+def test_a_damaged_header_is_left_to_the_loader(large_scans, tmp_path, monkeypatch):
+    """It says that the scan has 2 ** 45 voxels."""
+    path = tmp_path / "damaged.nii"
+    nibabel.save(nibabel.load(large_scans[0]["image"]), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[42:48] = np.array([2**14, 2**15 - 1, 2**15 - 1], "<i2").tobytes()
+    path.write_bytes(damaged)
+    transform = Compose([Stored("image", [LoadScand("image")])])
+    with pytest.raises(RuntimeError) as error:
+        CaseDataset([{"image": str(path), "modality": "ct"}], transform, progress=False, num_workers=0)
+    assert "damaged.nii can't be read" in user_message(error.value)
+
+
+def test_memory_is_this_machine_s():
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 2**10
+    assert 2**28 < memory_bytes() <= total * 1.01

@@ -1,12 +1,16 @@
 import json
+import re
+import time
 
 import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 
-from custom.engine.handlers import EvaluationSummary, MetricsLog, StopOnNaN, TrainingSummary
+from custom.data.dataset import memory_bytes
+from custom.engine.handlers import EvaluationSummary, Forecast, MetricsLog, StopOnNaN, TrainingSummary
 from custom.errors import BadInput
+from custom.evaluation.report import duration
 
 
 def engine(seen: list | None = None) -> Engine:
@@ -80,3 +84,23 @@ def test_summaries_name_the_folders_what_was_left_out_and_the_next_step(capsys):
     run.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: engine.state.metrics.update(val_l1=0.25))
     run.run([0])
     assert capsys.readouterr().out == "\nval_l1: 0.2500\nPictures: runs/a/evaluation\n"
+
+
+def test_a_forecast_is_the_time_that_the_rest_takes(caplog, monkeypatch):
+    """By a clock of its own: iterations of 6 s, but for slow ones at the start and a validation between epochs."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def iteration(engine, batch):
+        now[0] += 100 if engine.state.iteration <= Forecast.FIRST else 6
+
+    run = Engine(iteration)
+    run.add_event_handler(Events.EPOCH_COMPLETED, lambda: now.__setitem__(0, now[0] + 1000))
+    Forecast().attach(run)
+    with caplog.at_level("INFO"):
+        run.run(range(8), max_epochs=100)
+    left = 100 * 8 - Forecast.FIRST - Forecast.TIMED
+    said = [record.message for record in caplog.records if "to go" in record.message]
+    assert len(said) == 1 and f"About {duration(6 * left)} to go: {left} iterations of 6 s" in said[0]
+    used, total = map(float, re.search(r"Memory: (\S+) of (\S+) GiB", said[0]).groups())
+    assert 0.1 < used < total and total == pytest.approx(memory_bytes() / 2**30, rel=0.01)

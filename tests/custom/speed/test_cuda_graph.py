@@ -1,22 +1,22 @@
 """A recording of a training step computes what the step computes; on a GPU, where there is one."""
 
+import contextlib
 import copy
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
 from monai.inferers import SimpleInferer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from custom.speed.cuda_graph import CUDAGraphInferer
-from tests.conftest import autoencoder
-
-gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU: CUDA_VISIBLE_DEVICES=0 python -m pytest FILE"
-)
+from tests.conftest import autoencoder, fork_server
 
 
 def train(inferer, network, images, zero_grad, autocast=False):
@@ -36,7 +36,7 @@ def train(inferer, network, images, zero_grad, autocast=False):
     return losses, restored.detach().float(), gradient
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("zero_grad", [lambda o: o.zero_grad(), lambda o: o.zero_grad(False), lambda o: None])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 2e-3), (True, 5e-2)])
 def test_a_replayed_training_is_the_training(zero_grad, autocast, tolerance):
@@ -52,7 +52,7 @@ def test_a_replayed_training_is_the_training(zero_grad, autocast, tolerance):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
-@gpu
+@pytest.mark.gpu
 def test_what_is_masked_is_drawn_anew_and_recording_draws_nothing():
     network = autoencoder().cuda().train()
     image, inferer = torch.rand(1, 1, 64, 64, 64, device="cuda"), CUDAGraphInferer()
@@ -98,6 +98,10 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def recorder(monkeypatch):
+    record_on_a_cpu(monkeypatch)
+
+
+def record_on_a_cpu(monkeypatch):
     """Let a CPU record as a GPU does."""
     monkeypatch.setattr(CUDAGraphInferer, "device_type", "cpu")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recorder)
@@ -141,3 +145,46 @@ def test_gradients_of_a_recording_reach_the_weights(zero_grad, recorder):
     graphs = inferer.recording.forward, inferer.recording.backward
     inferer(images[0], other.eval())
     assert [graph.replays for graph in graphs] == [3, 3]  # not for the batch of another shape, nor in evaluation
+
+
+def train_in_a_process(rank: int, folder: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        record_on_a_cpu(monkeypatch)
+        compare_with_ddp(rank, folder)
+
+
+def compare_with_ddp(rank: int, folder: str) -> None:
+    """Train with DDP's own passes and with recorded ones, each process on other images; keep all gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found = []
+    for inferer in (SimpleInferer(), CUDAGraphInferer()):
+        torch.manual_seed(rank)  # DDP gives all the weights of the first
+        network = DistributedDataParallel(Small().train(), static_graph=isinstance(inferer, CUDAGraphInferer))
+        generator = torch.Generator().manual_seed(rank)
+        gradients = []
+        # Batches of another shape, and gradients that add up: over two passes without, then with an average.
+        for size, accumulate in ((2, False), (2, True), (2, False), (1, False), (1, True), (2, False)):
+            image = torch.rand(size, 1, 6, 5, 4, generator=generator)
+            torch.manual_seed(size)
+            with network.no_sync() if accumulate else contextlib.nullcontext():
+                restored, embedding = inferer(image, network)
+                (F.l1_loss(restored, image) + embedding.square().mean()).backward()
+            gradients.append([weight.grad.clone() for weight in network.parameters() if weight.requires_grad])
+            if not accumulate:
+                network.zero_grad()
+        found.append(gradients)
+    replays = inferer.recording.forward.replays
+    torch.save((*found, replays), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_average_the_gradients_of_a_recording_as_ddp_does(tmp_path):
+    fork_server()
+    multiprocessing.start_processes(train_in_a_process, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for expected, found, replays in ranks:
+        assert replays == 4
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(ranks[0][1][-1], ranks[1][1][-1], rtol=0, atol=0)
+    assert (ranks[0][1][1][0] - ranks[1][1][1][0]).abs().max() > 1e-4  # each its own, where nothing was averaged
