@@ -70,10 +70,14 @@ class OnnxRuntime(nn.Module):
         logger.info(f"Exporting the network to {self.file}, once; this takes minutes.")
         logging.getLogger("onnx_ir").setLevel(logging.WARNING)  # it tells of each constant
         pair = window.expand(2, -1, -1, -1, -1)  # of one window the exporter makes a model for batches of one
-        how = {"dynamo": True, "dynamic_shapes": ({0: torch.export.Dim("batch")},), "external_data": False}
+        how: dict[str, Any] = {
+            "dynamo": True,
+            "dynamic_shapes": ({0: torch.export.Dim("batch")},),
+            "external_data": False,
+        }
         try:
             with replacing(self.file) as part:
-                torch.onnx.export(self.network, (pair,), part, verbose=False, **how)
+                torch.onnx.export(self.network, (pair,), part, **how)
         except OSError as error:
             raise BadInput(
                 f"{self.file} can't be written ({error.strerror}); name another file with --network#file."
