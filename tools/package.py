@@ -79,11 +79,12 @@ def forget_place(folder: Path, record: dict[str, Any]) -> None:
 
 def forget_source(folder: Path, bundle: Path, metadata: dict[str, Any]) -> None:
     """Take out of a package what its bundle says of data that it was not trained on, unless the run says it anew."""
-    about, terms = bundle / "configs/metadata.json", "docs/data_license.txt"
+    about = bundle / "configs/metadata.json"
+    terms, own = (place / "docs/data_license.txt" for place in (folder, bundle))
     if about.is_file() and metadata["data_source"] == read_json(about)["data_source"]:
         metadata["data_source"] = "scans of whoever trained it, see docs/training.json"
-    if (folder / terms).is_file() and digest(folder / terms) == digest(bundle / terms):
-        write_text(folder / terms, "The scans are not part of this bundle. Ask whoever trained it for their licence.\n")
+    if own.is_file() and terms.is_file() and digest(terms) == digest(own):
+        write_text(terms, "The scans are not part of this bundle. Ask whoever trained it for their licence.\n")
 
 
 def add_weights(run: Path, folder: Path) -> None:
@@ -99,7 +100,8 @@ def add_weights(run: Path, folder: Path) -> None:
     validated = {name.removeprefix("val_"): value for name, value in (measured["best"] or {}).items() if "val_" in name}
     metadata = read_json(folder / "configs/metadata.json")
     metadata["eval_metrics"] = {name: value for name, value in validated.items() if value is not None}
-    if record["datalist_sha256"] != digest(folder / "datalist.json"):
+    cases = folder / "datalist.json"
+    if not cases.is_file() or record["datalist_sha256"] != digest(cases):
         forget_source(folder, BUNDLES / bundle_name(run), metadata)
     write_json(folder / "configs/metadata.json", metadata)
     models = folder / "models"
