@@ -29,7 +29,7 @@ from monai.bundle import ConfigParser
 from custom.engine.run_bundle import PLACE, copy_bundle
 from custom.engine.run_record import RECORD, bundle_name, holds_path, portable
 from custom.errors import BadInput
-from custom.files import read_json, replacing, write_json
+from custom.files import read_json, replacing, write_json, write_text
 from tools import model_card, phantom
 from tools._cli import ROOT, bundles, tool
 from tools.verify import SMALL, SUMS, digest, files, modules_of, predict, quiet, sample_networks
@@ -77,6 +77,16 @@ def forget_place(folder: Path, record: dict[str, Any]) -> None:
     write_json(file, config)
 
 
+def forget_source(folder: Path, bundle: Path, metadata: dict[str, Any]) -> None:
+    """Take out of a package what its bundle says of data that it was not trained on, unless the run says it anew."""
+    about = bundle / "configs/metadata.json"
+    terms, own = (place / "docs/data_license.txt" for place in (folder, bundle))
+    if about.is_file() and metadata["data_source"] == read_json(about)["data_source"]:
+        metadata["data_source"] = "scans of whoever trained it, see docs/training.json"
+    if own.is_file() and terms.is_file() and digest(terms) == digest(own):
+        write_text(terms, "The scans are not part of this bundle. Ask whoever trained it for their licence.\n")
+
+
 def add_weights(run: Path, folder: Path) -> None:
     """Put the weights of a training into its package, as they are and as TorchScript, with what they come from.
 
@@ -90,6 +100,9 @@ def add_weights(run: Path, folder: Path) -> None:
     validated = {name.removeprefix("val_"): value for name, value in (measured["best"] or {}).items() if "val_" in name}
     metadata = read_json(folder / "configs/metadata.json")
     metadata["eval_metrics"] = {name: value for name, value in validated.items() if value is not None}
+    cases = folder / "datalist.json"
+    if not cases.is_file() or record["datalist_sha256"] != digest(cases):
+        forget_source(folder, BUNDLES / bundle_name(run), metadata)
     write_json(folder / "configs/metadata.json", metadata)
     models = folder / "models"
     models.mkdir()

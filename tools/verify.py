@@ -41,7 +41,7 @@ REQUIRED = (
     *(f"configs/{name}.json" for name in CONFIGS),
 )
 OVERLAYS = {
-    "ensemble": "inference",
+    **dict.fromkeys(("ensemble", "onnx"), "inference"),
     **dict.fromkeys(("evaluate", "multi_gpu_train", "published", "few_labels", "field", "resenc"), "train"),
 }
 # What monai.bundle or its consumers read by name.

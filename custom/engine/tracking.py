@@ -78,6 +78,9 @@ class MLflow(MLFlowHandler):
             part for kind in ("*.png", "report.html", "run.json", "metrics.jsonl") for part in self.folder.glob(kind)
         ):
             self.client.log_artifact(run, str(file))
+        for file in self.folder.glob("config_*_*.json"):  # MONAI's copy of the config, named by the time
+            self.client.log_artifact(run, str(file))
+            file.unlink()
         self.client.set_terminated(run, status)
         del self.opened[str(self.folder)]
         atexit.unregister(self.end)

@@ -6,6 +6,7 @@ import html
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -90,10 +91,13 @@ def page(folder: Path, status: str, record: Mapping[str, Any]) -> str:
     files = sorted([*folder.glob("*_raw.csv"), *folder.glob("validation/*_raw.csv")])
     tables = {file.stem.removesuffix("_raw"): table_of(file) for file in files}
     ranked = [row[0] for rows in list(tables.values())[:1] for row in rows[1:]]
+    shared = shared_folder([row[0] for rows in tables.values() for row in rows[1:]])
     pictures = sorted([*folder.glob("pictures/*.png"), *folder.glob("*.png")], key=lambda file: -file.stat().st_mtime)
     parts = [curve(name, series) for name, series in curves(metrics_of(folder)).items()]
     parts.append(f"<h2>Pictures</h2>{''.join(map(picture, by_rank(pictures, ranked)[:PICTURES]))}" if pictures else "")
-    parts += [f"<h2>{escaped(name)}: each case, the worst first</h2>{table(rows)}" for name, rows in tables.items()]
+    parts += [
+        f"<h2>{escaped(name)}: each case, the worst first</h2>{table(rows, shared)}" for name, rows in tables.items()
+    ]
     if record:
         changed = [("id", "value"), *(record.get("overrides") or {}).items()]
         rest = [("of the training", ""), *((k, v) for k, v in record.items() if k not in ("overrides", "defaults"))]
@@ -171,11 +175,24 @@ def table_of(file: Path) -> list[list[str]]:
     return [header, *sorted(rows, key=rank)]
 
 
-def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Return rows, the first of which is the header, as a table."""
+def shared_folder(cases: Sequence[str]) -> str:
+    """Return the folder, with a "/" behind, that all cases that are whole paths have in common; "" where none is."""
+    folders = [os.path.dirname(case) for case in cases if os.path.isabs(case)]
+    return os.path.join(os.path.commonpath(folders), "") if folders else ""
+
+
+def table(rows: Sequence[Sequence[Any]], shared: str = "") -> str:
+    """Return rows, the first of which is the header, as a table.
+
+    Args:
+        rows: of cells.
+        shared: a folder that paths are shown without; the whole one is their tooltip.
+    """
     head, *others = rows
 
     def cell(value: Any) -> str:
+        if shared and str(value).startswith(shared):
+            return f'<td title="{escaped(value)}">{escaped(value.removeprefix(shared))}</td>'
         try:
             return f'<td class="n">{float(value):.3f}</td>' if isinstance(value, str) else f"<td>{escaped(value)}</td>"
         except ValueError:

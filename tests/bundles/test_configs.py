@@ -16,7 +16,7 @@ CONFIGS = [
     pytest.param(config, id=f"{bundle.name}-{config.stem}")
     for bundle in BUNDLES
     for config in sorted((bundle / "configs").glob("*.json"))
-    if config.stem != "metadata"
+    if config.stem not in ("metadata", "onnx")  # onnx: tests/custom/speed/test_onnx_runtime.py
 ]
 
 
@@ -108,7 +108,7 @@ def test_segmentation_bundles_differ_in_nothing_but_their_task():
     """So that what is mended in one is not forgotten in the other."""
     own = {"labels", "modality", "intensity", "pixdim_mm"}
     first, *others = SEGMENTATION
-    for name in ("train", "field", "resenc", "evaluate", "inference", "multi_gpu_train", "ensemble"):
+    for name in ("train", "field", "resenc", "evaluate", "inference", "multi_gpu_train", "ensemble", "onnx"):
         configs = [ConfigParser.load_config_file(bundle / f"configs/{name}.json") for bundle in (first, *others)]
         for config in configs:
             for transform in config.get("postprocessing", {}).get("transforms", []):

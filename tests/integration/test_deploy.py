@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 
@@ -12,7 +11,7 @@ import pytest
 
 from custom.files import read_json
 from tests.conftest import ROOT, monai_bundle
-from tests.integration.conftest import BTCV, FETA, python_of
+from tests.integration.conftest import BTCV, FETA, free_port, python_of
 from tools import verify
 
 
@@ -128,6 +127,22 @@ def test_codes_sides_and_the_choice_of_a_series_from_a_server_and_back(bundles, 
     assert said["seg"] in said["evidence"] and len(said["evidence"]) == 11
 
 
+def test_a_series_of_orthanc_and_its_results_back(orthanc, bundles, series, tmp_path):
+    """As documented: found and fetched by C-FIND and C-GET, and stored by C-STORE."""
+    net, server = [python_of("deploy"), "-m", "pynetdicom"], ["127.0.0.1", str(orthanc.port)]
+    send([*net, "storescu", "-r", *server, series / "CT"])
+    (found,) = orthanc.series("CT")
+    level = ["-k", "QueryRetrieveLevel=SERIES", "-k", f"SeriesInstanceUID={found['SeriesInstanceUID']}"]
+    (tmp_path / "inbox").mkdir()
+    send([*net, "getscu", *server, *level, "-od", tmp_path / "inbox"])
+    assert len(list((tmp_path / "inbox").iterdir())) == 12
+    done = application(tmp_path / "inbox", tmp_path / "seg", bundles[BTCV.name])
+    assert done.returncode == 0, done.stdout + done.stderr
+    send([*net, "storescu", "-r", *server, tmp_path / "seg"])
+    assert len(orthanc.series("SEG")) == len(orthanc.series("SR")) == 1
+    assert len(orthanc.ask("/studies")) == 1  # the results are filed with the scan
+
+
 def send(command) -> None:
     """Send files to a server, once it answers."""
     for _ in range(60):
@@ -136,11 +151,6 @@ def send(command) -> None:
             return
         time.sleep(1)
     raise AssertionError(done.stdout + done.stderr)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def test_rules_that_choose_the_thin_series_of_a_kernel_or_none(bundles, tmp_path):

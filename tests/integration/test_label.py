@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import zipfile
@@ -14,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.integration.conftest import BTCV, FETA, python_of
+from tests.integration.conftest import BTCV, FETA, free_port, python_of
 from tools import package
 
 # Real volumes, or phantoms where there are none: folder, name of the scan and of its label map.
@@ -42,7 +41,9 @@ def scans(phantoms, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 class Server:
     """A server in a process of its own, and what is asked of it with curl."""
 
-    def __init__(self, python: Path, folder: Path, packages: dict[str, Path], models: str, **conf: str) -> None:
+    def __init__(
+        self, python: Path, folder: Path, packages: dict[str, Path], models: str, studies: str = "", **conf: str
+    ) -> None:
         self.app, self.studies = folder / "apps" / "monaibundle", folder / "studies"
         command = [python, "-m", "monailabel.main", "apps", "--download", "--name", "monaibundle"]
         subprocess.run([*command, "--output", self.app.parent], check=True, cwd=folder, capture_output=True)
@@ -52,18 +53,19 @@ class Server:
             else:
                 zipfile.ZipFile(place).extractall(self.app / "model")
         self.studies.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "server.log"
-        command = [python, "-m", "monailabel.main", "start_server", "--app", self.app, "--studies", self.studies]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        self.command = [python, "-m", "monailabel.main", "start_server", "--app", self.app]
+        self.command += ["--studies", studies or self.studies, "--host", "127.0.0.1", "--port", str(port)]
         for name, value in {"zoo_source": "local", "sam2": "false", "models": models, **conf}.items():
-            command += ["--conf", name, value]
-        with self.log.open("w") as log:
+            self.command += ["--conf", name, value]
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                self.command, cwd=self.log.parent, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
 
     def wait(self) -> None:
@@ -87,9 +89,9 @@ class Server:
         assert not check or status == "200", (answer, self.log.read_text()[-3000:])
         return int(status), json.loads(answer) if answer.startswith(("{", "[")) else answer
 
-    def says(self, text: str) -> bool:
+    def says(self, text: str, seconds: int = 10) -> bool:
         """Whether the log has a text; it may come a moment after the answer."""
-        for _ in range(20):
+        for _ in range(2 * seconds):
             if text in self.log.read_text():
                 return True
             time.sleep(0.5)
@@ -100,13 +102,22 @@ class Server:
         self.ask(f"/infer/{model}?image={image}&output=image", "--request", "POST", "--output", output)
         return nibabel.load(output)
 
+    def images(self) -> list[str]:
+        return list(self.ask("/datastore/?output=all")[1]["objects"])
+
     def train(self, model: str, **options) -> dict:
         """Train, and return what became of it."""
-        data = ["--header", "Content-Type: application/json", "--data", json.dumps(options)]
-        self.ask(f"/train/{model}", *data)
-        while (task := self.ask("/train/")[1])["status"] in ("SUBMITTED", "RUNNING"):
+        return self.task("/train/", f"/train/{model}", **options)
+
+    def task(self, place: str, request: str, **options) -> dict:
+        """Ask for what takes long, and return what became of it, as a place says."""
+        self.begin(request, **options)
+        while (task := self.ask(place)[1])["status"] in ("SUBMITTED", "RUNNING"):
             time.sleep(1)
         return task
+
+    def begin(self, request: str, **options) -> None:
+        self.ask(request, "--header", "Content-Type: application/json", "--data", json.dumps(options))
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +189,36 @@ def test_a_label_is_taken_trained_on_and_its_weights_are_served(model, server, p
         server.ask(f"/datastore/label?id={image}&tag=final", "--request", "DELETE")
 
 
+def test_a_training_is_stopped_all_scans_are_segmented_and_the_server_starts_again(server, scans, tmp_path):
+    """A stopped training leaves the weights as they were; what was trained lasts, and labels are kept."""
+    scan, truth = scans[BTCV.name]
+    image = scan.name.removesuffix(".nii.gz")
+    weights = server.app / "model" / BTCV.name / "models/model.pt"
+    server.ask(f"/datastore/label?image={image}&tag=final", "--request", "PUT", "--form", f"label=@{truth}")
+    before = weights.read_bytes()
+    server.begin(f"/train/{BTCV.name}", max_epochs=1000)
+    assert server.says("Epoch 2 of 1000", seconds=120)
+    server.ask("/train/", "--request", "DELETE")
+    assert server.ask("/train/")[1]["status"] == "STOPPED"
+    assert weights.read_bytes() == before and [path.name for path in weights.parent.glob("*.pt")] == ["model.pt"]
+    assert server.train(BTCV.name, max_epochs=1)["status"] == "DONE"
+    assert weights.read_bytes() != before
+
+    trained = server.infer(BTCV.name, scan, tmp_path / "trained.nii.gz")
+    infer = f"/batch/infer/{BTCV.name}?images=all"
+    assert server.task("/batch/infer", infer)["status"] == "ERROR"  # MONAI Label's own fault, see the docs
+    assert server.says("integer modulo by zero")
+    assert server.task("/batch/infer", infer, multi_gpu=False)["status"] == "DONE"
+    kept = {name: nibabel.load(server.studies / f"labels/original/{name}.nii.gz") for name in server.images()}
+    assert len(kept) == 2 and differing(kept[image], trained) == 0
+
+    server.stop()
+    server.start()
+    server.wait()
+    assert differing(server.infer(BTCV.name, scan, tmp_path / "again.nii.gz"), trained) == 0
+    server.ask(f"/datastore/label?id={image}&tag=final", "--request", "DELETE")
+
+
 @pytest.mark.parametrize(
     "model, image, said",
     [
@@ -208,6 +249,33 @@ def test_uncertainty_as_a_strategy_is_not_there(python, packages, tmp_path):
     try:
         server.wait()
         assert server.process.poll() and server.says("unexpected keyword argument 'dropout'")
+    finally:
+        server.stop()
+
+
+def test_a_dicomweb_server_as_the_store(orthanc, python, packages, tmp_path, monkeypatch):
+    """A CT of Orthanc is segmented, and its final label goes there as a DICOM SEG, by itkimage2segimage of dcmqi."""
+    if not shutil.which("itkimage2segimage"):
+        pytest.skip("itkimage2segimage is not installed: pip install dcmqi")
+    monkeypatch.setenv("MONAI_LABEL_DICOMWEB_CACHE_PATH", str(tmp_path / "cache"))
+    deploy = python_of("deploy")
+    draw = [deploy, Path(__file__).parent / "dicom.py", "draw", tmp_path / "CT", "CT"]
+    send = [deploy, "-m", "pynetdicom", "storescu", "-r", "127.0.0.1", str(orthanc.port), tmp_path / "CT"]
+    for command in (draw, send):
+        subprocess.run(command, check=True, capture_output=True)
+    server = Server(python, tmp_path, {BTCV.name: packages[BTCV.name]}, BTCV.name, f"{orthanc.url}/dicom-web")
+    try:
+        server.wait()
+        image = orthanc.series("CT")[0]["SeriesInstanceUID"]
+        found = server.infer(BTCV.name, Path(image), tmp_path / "found.nii.gz")
+        (scan,) = tmp_path.glob(f"cache/*/{image}.nii.gz")  # as MONAI Label has converted it
+        folder = server.app / "model" / BTCV.name
+        assert differing(found, bundle_run(python, folder, scan, tmp_path)) == 0
+        label = ["--request", "PUT", "--form", f"label=@{tmp_path / 'found.nii.gz'}"]
+        server.ask(f"/datastore/label?image={image}&tag=final", *label)
+        assert len(orthanc.series("SEG")) == 1
+        task = server.train(BTCV.name, max_epochs=1)
+        assert task["status"] == "DONE", "\n".join(task["details"])
     finally:
         server.stop()
 

@@ -94,6 +94,8 @@ def test_mlflow_keeps_settings_metrics_and_pictures_of_runs_that_end(small_list,
     assert {"run.json", "report.html", "metrics.jsonl"} <= set(trained["files"])
     assert any(name.startswith("pictures/") for name in trained["files"])
     assert any(name.startswith("evaluation/") for name in evaluated["files"])
+    assert all(any(name.startswith("config_") for name in run["files"]) for run in (trained, evaluated, broken))
+    assert not list(folder.glob("config_*"))
     # It is no setting of the training.
     (start,) = json.loads((folder / "run.json").read_text())
     assert not [id for id in start["overrides"] if "handlers" in id or "track" in id or id == "run_name"]

@@ -324,6 +324,17 @@ def test_the_model_card_has_what_the_hub_reads_and_its_pictures(released, run_di
     assert plain["pipeline_tag"] == "image-feature-extraction" and "model-index" not in plain
 
 
+def test_a_package_of_other_scans_names_no_data_of_the_bundle_s(released, run_dir, tmp_path):
+    """Unless somebody has written into the run what they are."""
+    folder = verify.unpack(released, tmp_path)
+    assert read_json(folder / "configs/metadata.json")["data_source"].startswith("scans of whoever trained it")
+    assert "challenge" not in (folder / "docs/data_license.txt").read_text()
+    (folder / "docs/data_license.txt").write_text("Ours.")
+    metadata = {"data_source": "our hospital"}
+    package.forget_source(folder, FETA, metadata)
+    assert metadata["data_source"] == "our hospital" and (folder / "docs/data_license.txt").read_text() == "Ours."
+
+
 def test_the_asset_s_name_is_what_monai_asks_github_for(released):
     """`download --source github --repo OWNER/REPOSITORY/TAG --version 0.1.0`: this address, made of these parts."""
     address = _get_git_release_url("someone", "some-fork", "v0.1.0", f"{FETA.name}_v0.1.0.zip")

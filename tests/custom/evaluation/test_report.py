@@ -1,5 +1,6 @@
 """The page of a run, read by a parser; by a browser in tests/integration."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -82,6 +83,25 @@ def test_a_page_has_curves_pictures_cases_settings_and_nothing_from_elsewhere(fo
     assert ["commit", "null"] in found.rows and "defaults" not in text
     shown = "".join(found.shown)
     assert "about 3 h 0 min left" in shown and "val_mean_dice 0.5" in shown and "epoch 1" in shown
+
+
+@pytest.mark.parametrize(
+    "cases, shown",
+    [
+        (["/data/x/a/1.nii.gz", "/data/x/b/1.nii.gz"], ["a/1.nii.gz", "b/1.nii.gz"]),
+        (["/data/one.nii.gz"], ["one.nii.gz"]),
+        (["/data/x/one.nii.gz", "images/two.nii.gz"], ["one.nii.gz", "images/two.nii.gz"]),
+        (["/a.nii.gz", "/b&/c.nii.gz"], ["a.nii.gz", "b&/c.nii.gz"]),
+    ],
+)
+def test_paths_of_cases_are_shown_without_the_folder_that_they_share(cases, shown, tmp_path):
+    """The whole path is the cell's tooltip."""
+    lines = [f"{case},0.{number}" for number, case in enumerate(cases, 1)]
+    (tmp_path / "val_mean_dice_raw.csv").write_text("\n".join(["filename,mean", *lines]) + "\n")
+    text = page(tmp_path, "Finished.", {})
+    assert ["".join(row[:-1]) for row in Page(text).rows[1:]] == shown
+    titles = [html.unescape(title) for title in re.findall(r'title="([^"]*)"', text)]
+    assert titles == [case for case in cases if case.startswith("/")]
 
 
 def test_a_folder_with_nothing_yet_has_a_page(tmp_path):
