@@ -1,6 +1,6 @@
 """Federated averaging of a bundle by MONAI's client: all sites in one process, see docs/howto/federated.md.
 
-    python examples/federated.py BUNDLE OUT "['site_a.json', 'site_b.json']" --rounds 100 --schedule_epochs 100
+    python examples/federated/one_process.py BUNDLE OUT "['site_a.json', 'site_b.json']" --rounds 9 --schedule_epochs 9
 
 Further settings are ids of the bundle's configs. In pre-training --max_iterations takes the place of --schedule_epochs.
 """
