@@ -116,6 +116,8 @@ def escaped(value: Any) -> str:
 
 def duration(seconds: float) -> str:
     """Return a time in words of two units at most, such as "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     days, hours = minutes // 1440, minutes // 60 % 24
     return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60} min" if hours else f"{minutes} min"

@@ -109,7 +109,7 @@ def test_a_folder_with_nothing_yet_has_a_page(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(20, "0 min"), (125, "2 min"), (7500, "2 h 5 min"), (90000, "1 d 1 h"), (86390, "1 d 0 h")]
+    ("seconds", "said"), [(20, "20 s"), (125, "2 min"), (7500, "2 h 5 min"), (90000, "1 d 1 h"), (86390, "1 d 0 h")]
 )
 def test_durations(seconds, said):
     assert duration(seconds) == said
