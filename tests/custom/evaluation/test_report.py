@@ -131,7 +131,7 @@ def test_a_training_writes_it_at_each_validation_with_the_time_left(folder, capl
     run.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: seen.append(file.is_file() and file.read_text()))
     Engine.run(run, [0], max_epochs=3)
     assert [bool(text) for text in seen] == [False, True, True]
-    assert "Epoch 2 of 3; about 0 min left." in seen[1] and "Finished." in file.read_text()
+    assert "Epoch 2 of 3; about 0 s left." in seen[1] and "Finished." in file.read_text()
     file.unlink()
     file.mkdir()  # can't be replaced
     Engine.run(run, [0], max_epochs=3)
