@@ -137,7 +137,7 @@ def test_rare_classes_weigh_more(tmp_path):
         return measure.Case(np.full(3, 2.0), np.full(3, 90.0), np.full(3, 20.0), False, classes, 0)
 
     task = decide.Task(
-        tmp_path, [case(90, 10), case(90, 0), case(90, 0), case()], [], ["b", "one", "two"], "ct", 1, None
+        tmp_path, {}, [case(90, 10), case(90, 0), case(90, 0), case()], [], ["b", "one", "two"], "ct", 1, None
     )
     assert task.shares(np.array([10, 10, 10])) == {1: 0.09, 2: 0.01}  # of the box
     assert task.shares(np.array([10, 40, 400]))[1] == 90 * 8 / (10 * 40 * 90)  # of the crop, which ends with the scan
