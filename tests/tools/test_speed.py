@@ -16,6 +16,8 @@ def test_everything_is_measured_and_the_figures_agree(tmp_path, capsys, monkeypa
     if not torch.cuda.is_available():  # each step takes seconds there
         few = (speed.STOCK, "the bundle, gradient checkpointing")
         monkeypatch.setitem(speed.STEPS, "cpu", {name: speed.STEPS["cpu"][name] for name in few})
+        for kind, rows in (("data", (speed.STOCK_DATA, "PersistentDataset", "store")), ("waiting", ("store",))):
+            monkeypatch.setitem(speed.KINDS, kind, (speed.KINDS[kind][0], rows, speed.KINDS[kind][2]))
     assert speed.main([str(tmp_path), *SMALLEST.split()]) == 0
     assert speed.main([str(tmp_path), *SMALLEST.split(), "--only", "inference"]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
@@ -23,7 +25,8 @@ def test_everything_is_measured_and_the_figures_agree(tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.endswith(table)
     processor = speed.device().type
     steps = [name for name in speed.STEPS[processor] if processor == "cuda" or "bfloat16" not in name]
-    names = {"step": steps, "data": speed.DATA, "waiting": speed.WAITING, "inference": speed.INFERENCE[processor]}
+    names = {"step": steps, **{kind: speed.KINDS[kind][1] for kind in ("data", "waiting")}}
+    names["inference"] = speed.INFERENCE[processor]
     for kind, expected in names.items():
         rows = result[kind]
         assert [row["name"] for row in rows] == list(expected)
