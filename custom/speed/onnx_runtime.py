@@ -36,6 +36,14 @@ class OnnxRuntime(nn.Module):
         self.network, self.file = network, Path(file)
         self.session: Any = None
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return that of the network, whose weights a config loads by the name of this one."""
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load into the network."""
+        return self.network.load_state_dict(*args, **kwargs)
+
     def forward(self, windows: torch.Tensor) -> torch.Tensor:
         """Return the network's output.
 

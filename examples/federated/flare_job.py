@@ -17,6 +17,7 @@ from nvflare.app_opt.pt.file_model_persistor import PTFileModelPersistor
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
 from nvflare.client.config import ExchangeFormat
 from nvflare.recipe.sim_env import SimEnv
+from one_process import by_name
 
 HERE = Path(__file__).resolve().parent
 
@@ -32,14 +33,14 @@ def first_weights(bundle: Path, settings: dict) -> dict[str, torch.Tensor]:
 
 def main(bundle: str, out: str, datalists: list[str], rounds: int, **settings) -> None:
     """Train for some rounds, and save the global weights in OUT/model.pt."""
-    folder = Path(out).resolve()
+    folder, sites = Path(out).resolve(), by_name(datalists)
     folder.mkdir(parents=True, exist_ok=True)
-    sites = {Path(file).stem: str(Path(file).resolve()) for file in datalists}
     task = {"bundle": str(Path(bundle).resolve()), "out": str(folder), "datalists": sites, "settings": settings}
     (folder / "task.json").write_text(json.dumps(task))
     first = {"datalist": next(iter(sites.values())), "output_dir": str(folder), **settings}
     torch.save(first_weights(Path(task["bundle"]), first), folder / "first.pt")
-    os.environ["PYTHONPATH"] = str(HERE)  # where the sites find one_process
+    places = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(places)  # where the sites find one_process
     recipe = FedAvgRecipe(
         min_clients=len(sites),
         num_rounds=rounds,

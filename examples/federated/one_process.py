@@ -14,6 +14,16 @@ from monai.fl.utils.constants import ExtraItems, WeightType
 from monai.fl.utils.exchange_object import ExchangeObject
 
 
+def by_name(datalists: list[str]) -> dict[str, str]:
+    """Return the data lists by the names of their sites, which name their folders too."""
+    sites = {Path(file).stem: str(Path(file).resolve()) for file in datalists}
+    if len(sites) < len(datalists):
+        raise SystemExit(
+            f"error: {datalists} have files of the same name; give each site's data list a name of its own."
+        )
+    return sites
+
+
 def site(bundle: str, out: str, datalist: str, settings: dict) -> MonaiAlgo:
     """Return a client that trains for an epoch in each round, on the cases of its own data list."""
     name = Path(datalist).stem
@@ -31,7 +41,7 @@ def mean(weights: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def main(bundle: str, out: str, datalists: list[str], rounds: int, **settings) -> None:
     """Train for some rounds, print what each site measures, and save the global weights in OUT/model.pt."""
-    sites = [site(str(bundle), str(out), file, settings) for file in datalists]
+    sites = [site(str(bundle), str(out), file, settings) for file in by_name(datalists).values()]
     weights = mean([algo.get_weights().weights for algo in sites])  # the same at all sites, by their seed
     for number in range(1, rounds + 1):
         for algo in sites:

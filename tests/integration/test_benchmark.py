@@ -290,6 +290,25 @@ def test_the_verdict_on_own_data(task, tmp_path, capsys, monkeypatch):
     assert page.count("data:image/png;base64") == 3
     assert f"{out}/verdict.html" in printed
 
+    # The bundle is that of its minutes and weights, or none.
+    assert main([*arguments, "--minutes", "5"]) == 2
+    assert "has a bundle for other weights or minutes" in capsys.readouterr().err
+
+
+def test_a_case_without_a_class_does_not_count(task, tmp_path):
+    """Its Dice is no number, and would make one of nothing else."""
+    content, run = read_task(task), Run("scratch", 1, 2, 0)
+    folder = run.folder(tmp_path)
+    report = folder / "testing/evaluation/val_mean_dice_raw.csv"
+    report.parent.mkdir(parents=True)
+    (folder / RECORD).write_text(json.dumps({"command": [], "seconds": 1, "cpu_seconds": 1}))
+    report.write_text("filename,a,mean\none,0.5,0.5\nempty,nan,nan\n")
+    (result,) = benchmark.results(content, [run], "testing", tmp_path)
+    assert result.dice == {"one": 0.5}
+    report.write_text("filename,a,mean\nempty,nan,nan\n")
+    with pytest.raises(BadInput, match="No label map of the cases for testing has any class"):
+        list(benchmark.results(content, [run], "testing", tmp_path))
+
 
 @pytest.mark.parametrize("task", sorted((ROOT / "examples/benchmark").glob("*.json")), ids=lambda task: task.stem)
 def test_a_task_fine_tunes_as_a_preset_does(task):

@@ -266,11 +266,9 @@ def decide_intensity(plan: Plan, task: Task) -> None:
         plan.set("intensity#a_min", 25 * math.floor(low / 25) - MARGIN_HU, why)
         plan.set("intensity#a_max", 25 * math.ceil(high / 25) + MARGIN_HU, "as above")
         window = [plan.ids["intensity#a_min"], plan.ids["intensity#a_max"]]
-        seen = [
-            (task.start.get("ct") or {}).get(name, value)
-            for name, value in zip(("a_min", "a_max"), window, strict=True)
-        ]
-        if seen != window:
+        scaling = task.start.get("ct") or {}
+        seen = [value for name in ("a_min", "a_max") if isinstance(value := scaling.get(name), int | float)]
+        if len(seen) == 2 and seen != window:
             plan.notes.append(
                 f"The pre-training saw {seen[0]:g} to {seen[1]:g} HU, and this training sees {window[0]:g} to "
                 f"{window[1]:g}. To pre-train for it: --modalities#ct#a_min {window[0]:g} --modalities#ct#a_max "

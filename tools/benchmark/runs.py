@@ -212,11 +212,20 @@ def seconds_per_iteration(part: dict) -> float:
 
 
 def results(task: dict, runs: Sequence[Run], section: str, out: Path) -> Iterator[Result]:
-    """Yield what the finished runs came to."""
+    """Yield what the finished runs came to.
+
+    Raises:
+        BadInput: where no case has a class.
+    """
     for run in runs:
         folder = run.folder(out)
         with (evaluation(task, run, section, out)[0] / "evaluation/val_mean_dice_raw.csv").open() as file:
-            dice = {row["filename"]: float(row["mean"]) for row in csv.DictReader(file)}
+            means = {row["filename"]: float(row["mean"]) for row in csv.DictReader(file)}
+        dice = {
+            case: mean for case, mean in means.items() if math.isfinite(mean)
+        }  # an empty label map measures nothing
+        if not dice:
+            raise BadInput(f"No label map of the cases for {section} has any class; give other folds.")
         log = folder / "metrics.jsonl"  # nnU-Net has none
         lines = map(json.loads, log.read_text().splitlines() if log.is_file() else [])
         curve = {line["iteration"]: line["val_mean_dice"] for line in lines if "val_mean_dice" in line}

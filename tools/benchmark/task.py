@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,13 +95,17 @@ def own_task(options: Namespace) -> dict[str, Any]:
     counts = options.counts or counts
     check_counts(file, counts, sections)
     weights, bundle = str(Path(weights_file(options.pretrained)).resolve()), out / "bundle"
-    if not bundle.is_dir():
-        listed = {name: sections[name] for name in ("training", "validation")}
+    listed, done = out / "adapt.json", out / "adapted.json"
+    command = [str(listed), str(bundle), "--minutes", str(options.minutes), "--pretrained", weights]
+    if done.is_file() and read_json(done, list) != command:
+        raise BadInput(f"{out} has a bundle for other weights or minutes, see {done}; give another OUT.")
+    if not done.is_file():
+        shutil.rmtree(bundle, ignore_errors=True)  # of a start that was interrupted
         names = {name: value for name, value in read_json(file).items() if name in ("labels", "modality")}
-        write_json(out / "adapt.json", names | listed)
-        adapt_to = ["--minutes", str(options.minutes), "--pretrained", weights]
-        if adapt([str(out / "adapt.json"), str(bundle), *adapt_to]):
+        write_json(listed, names | {name: sections[name] for name in ("training", "validation")})
+        if adapt(command):
             raise BadInput(f"No bundle could be adapted to {file}, see above.")
+        write_json(done, command)
     config = read_json(bundle / "configs/train.json")
     whole = -(-cases // config["batch_size"]) * config["max_epochs"]
     return {

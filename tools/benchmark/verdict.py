@@ -209,7 +209,7 @@ def page(found: Found, section: str, out: Path) -> str:
     names = ("dice_over_iterations", "dice_over_labels", "learning_curves")
     pictures = "".join(picture(out / f"{name}.png") for name in names)
     how = (
-        f"Mean foreground Dice of {cases} cases for {section}, which no training has seen. What is compared has the "
+        f"Mean foreground Dice of {cases} cases for {section}, which no fine-tuning has seen. What is compared has the "
         "same labelled cases, order, iterations and schedule, and the last weights count. The interval draws cases and "
         f"seeds again. Scratch has converged when twice the iterations gain it less than {FLAT} on validation."
     )

@@ -44,7 +44,7 @@ def run(tmp_path):
         workflow = ConfigWorkflow([config, *overlays], meta, workflow_type=None, logging_file=False, **values)
         workflow.parser["run"] = [*RUN[:1], "$@start(@handler)"]
         workflow.parser["handler"] = RUN[1]
-        workflow.parser["start"] = "$lambda handler: handler(__import__('ignite.engine').engine.Engine(print))"
+        workflow.parser["start"] = "$lambda handler: handler(__import__('ignite.engine').engine.Engine(lambda *_: 0))"
         workflow.parser.parse(True)
         workflow.run()
         (tmp_path / "run" / "checkpoint_iteration=1.pt").touch()

@@ -34,6 +34,13 @@ def test_batches_of_any_size_of_an_export_and_of_one_that_is_there(tmp_path):
 
 
 @torch.inference_mode()
+def test_weights_are_loaded_into_the_network(tmp_path):
+    own = network()
+    OnnxRuntime(own, str(tmp_path / "model.onnx")).load_state_dict(network(seed=1).state_dict())
+    assert all(torch.equal(value, network(seed=1).state_dict()[name]) for name, value in own.state_dict().items())
+
+
+@torch.inference_mode()
 def test_what_is_no_export_of_this_network(tmp_path):
     file = tmp_path / "model.onnx"
     OnnxRuntime(network(), str(file))(torch.randn(1, *SHAPE))
